@@ -1,0 +1,1 @@
+"""CPU kernels: C++ with VNNI, compiled on first use."""

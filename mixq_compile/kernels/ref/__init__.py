@@ -1,0 +1,1 @@
+"""The reference in plain torch: the specification of every operator."""

@@ -1,0 +1,67 @@
+"""Reference of the products: `mixed_gemm`, `dequantize`, `mixed_linear`, `weight_only_linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixq_compile.kernels.ref.quantization import PRIORITY, supports
+from mixq_compile.ops.providers import provider
+from mixq_compile.ops.weight_codes import dequantize_weight, integer_codes
+
+
+@provider("mixed_gemm", name="ref", priority=PRIORITY, supports=supports)
+def mixed_gemm(
+    codes: Tensor, outliers: Tensor, count: Tensor, weight_codes: Tensor, outlier_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    # float64 holds every integer sum exactly: K * 127 * 128 is far below 2**53.
+    weight = integer_codes(weight_codes, codes.shape[-1]).double()
+    accumulator = (codes.double() @ weight.T).to(torch.int32)
+    used = int(count) if outliers.shape[-1] else 0
+    columns = outliers[..., :used].float()
+    return accumulator, columns @ outlier_weight[:, :used].float().T
+
+
+@provider("dequantize", name="ref", priority=PRIORITY, supports=supports)
+def dequantize(
+    x: Tensor,
+    accumulator: Tensor,
+    outlier_product: Tensor,
+    scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    result = accumulator.float() * scale[..., None] * weight_scale + outlier_product
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(x.dtype)
+
+
+@provider("mixed_linear", name="ref", priority=PRIORITY, supports=supports)
+def mixed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    outliers: Tensor,
+    count: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    small_m: int,
+) -> Tensor:
+    if codes.numel() <= small_m * codes.shape[-1]:
+        return weight_only_linear(x, weight_codes, weight_scale, bias)
+    accumulator, product = mixed_gemm(codes, outliers, count, weight_codes, outlier_weight)
+    return dequantize(x, accumulator, product, scale, weight_scale, bias)
+
+
+@provider("weight_only_linear", name="ref", priority=PRIORITY, supports=supports)
+def weight_only_linear(
+    x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    weight = dequantize_weight(weight_codes, weight_scale, x.shape[-1])
+    result = x.float() @ weight.T
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(x.dtype)

@@ -1,0 +1,178 @@
+"""Reference of `quantize` and `quantize_online`: the specification, in plain torch on any device.
+
+It may read the device from the host, which the other providers never do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW
+from mixq_compile.ops.providers import KernelQuery, provider
+from mixq_compile.ops.weight_codes import EPSILON, aligned_empty
+
+PRIORITY = 0
+
+
+def supports(query: KernelQuery) -> bool | str:
+    """The reference supports every call."""
+    return True
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    return torch.isfinite(values).all(dim=1)
+
+
+def _row_maximum(values: Tensor, column_slot: Tensor, finite: Tensor) -> Tensor:
+    """Largest magnitude of each row outside the outlier columns, 0 in rows that are not finite."""
+    inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~finite[:, None], 0.0)
+    return inner.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
+
+
+def _codes_and_scale(values: Tensor, column_slot: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    largest_code = 2 ** (bits - 1) - 1
+    finite = _finite_rows(values)
+    row_maximum = _row_maximum(values, column_slot, finite)
+    scale = row_maximum.clamp_min(EPSILON) / largest_code
+    inverse = torch.where(row_maximum < EPSILON, 0.0, largest_code / row_maximum)
+    inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~finite[:, None], 0.0)
+    codes = torch.round(inner * inverse[:, None]).clamp_(-largest_code, largest_code)
+    return codes.to(torch.int8), scale.masked_fill(~finite, torch.nan)
+
+
+def _extract(x: Tensor, index: Tensor, count: int) -> Tensor:
+    """The outlier columns of x, by slot; zero in the slots from `count` on."""
+    outliers = x.new_zeros(x.shape[0], index.shape[0])
+    outliers[:, :count] = x[:, index[:count].long()]
+    return outliers
+
+
+def _shaped(x: Tensor, codes: Tensor, scale: Tensor, outliers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    leading = tuple(x.shape[:-1])
+    aligned = aligned_empty(leading, x.shape[-1], torch.int8, x.device)
+    aligned.copy_(codes.reshape(x.shape))
+    return aligned, scale.reshape(leading), outliers.reshape(*leading, outliers.shape[-1])
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+@provider("quantize", name="ref", priority=PRIORITY, supports=supports)
+def quantize(
+    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, bits: int, small_m: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = x.reshape(_rows(x), x.shape[-1])
+    codes, scale = _codes_and_scale(matrix.float(), column_slot, bits)
+    outliers = _extract(matrix, index, int(count) if index.shape[0] else 0)
+    return _shaped(x, codes, scale, outliers)
+
+
+def _largest(pool: list[tuple[float, int]], room: int) -> list[tuple[float, int]]:
+    """The `room` entries of largest maximum; of equal ones those of the lowest column."""
+    return sorted(pool, key=lambda entry: (-entry[0], entry[1]))[:room]
+
+
+def grow(
+    values: Tensor,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    may_evict: bool,
+) -> None:
+    """Adds the columns of values `[M, K]` above the effective threshold to the state, in place.
+
+    New columns take free slots in ascending order. Where they do not all fit, the C columns of
+    largest running maximum stay (without `may_evict`, known columns stay in any case), the others
+    are counted as overflow, and the effective threshold rises to the largest maximum left out.
+    """
+    capacity = index.shape[0]
+    finite = _finite_rows(values)
+    maxima = values.abs().masked_fill(~finite[:, None], 0.0).amax(dim=0)  # [K]
+    count = int(counters[COUNT])
+    slots = index[:count].long()
+    column_max[:count] = torch.maximum(column_max[:count], maxima[slots])
+    above = (maxima > effective_threshold) & (column_slot < 0)
+    found = [(float(maxima[column]), int(column)) for column in above.nonzero().flatten()]
+
+    known = list(zip(column_max[:count].tolist(), slots.tolist(), strict=True))
+    left_out: list[tuple[float, int]] = []
+    if count + len(found) > capacity:
+        kept = _largest(known + found, capacity) if may_evict else known + _largest(found, capacity - count)
+        left_out = [entry for entry in known + found if entry not in kept]
+        found = [entry for entry in found if entry in kept]
+        counters[OVERFLOW] += len(left_out)
+        limit = max(value for value, _ in left_out)
+        effective_threshold.clamp_(min=limit)
+    dropped = {column for _, column in left_out}
+    free = [slot for slot, (_, column) in enumerate(known) if column in dropped]
+    free += range(count, capacity)
+    for _, column in known:
+        if column in dropped:
+            column_slot[column] = -1
+    for slot, (maximum, column) in zip(free, sorted(found, key=lambda entry: entry[1]), strict=False):
+        index[slot] = column
+        column_slot[column] = slot
+        column_max[slot] = maximum
+    counters[COUNT] = min(capacity, count - len([c for _, c in known if c in dropped]) + len(found))
+
+
+def replace(
+    values: Tensor,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+) -> None:
+    """Sets the state to the columns of this call that reach the threshold (policy `per_call`)."""
+    finite = _finite_rows(values)
+    maxima = values.abs().masked_fill(~finite[:, None], 0.0).amax(dim=0)
+    reached = (maxima >= effective_threshold).nonzero().flatten()
+    found = [(float(maxima[column]), int(column)) for column in reached]
+    kept = sorted(_largest(found, index.shape[0]), key=lambda entry: entry[1])
+    counters[OVERFLOW] += len(found) - len(kept)
+    column_slot.fill_(-1)
+    for slot, (maximum, column) in enumerate(kept):
+        index[slot] = column
+        column_slot[column] = slot
+        column_max[slot] = maximum
+    counters[COUNT] = len(kept)
+
+
+@provider("quantize_online", name="ref", priority=PRIORITY, supports=supports)
+def quantize_online(
+    x: Tensor,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    bits: int,
+    miss: str,
+    small_m: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    matrix = x.reshape(_rows(x), x.shape[-1])
+    if matrix.shape[0] <= small_m or not matrix.numel():
+        codes, scale = _codes_and_scale(matrix.float(), column_slot, bits)
+        return *_shaped(x, codes, scale, _extract(matrix, index, 0)), torch.zeros_like(counters[:1])
+    values = matrix.float()
+    state = (index, column_slot, column_max, counters, effective_threshold)
+    learns = miss != "static" and not int(counters[FROZEN])
+    if learns and miss == "per_call":
+        replace(values, *state)
+    row_maximum = _row_maximum(values, column_slot, _finite_rows(values))
+    exceeded = learns and miss != "per_call" and bool((row_maximum > effective_threshold).any())
+    if exceeded and miss != "lazy":
+        grow(values, *state, may_evict=True)
+    count = int(counters[COUNT])
+    codes, scale = _codes_and_scale(values, column_slot, bits)
+    outliers = _extract(matrix, index, count)
+    if exceeded and miss == "lazy":
+        grow(values, *state, may_evict=False)
+    counters[FLAG] = 0
+    used = torch.full_like(counters[:1], count)
+    return *_shaped(x, codes, scale, outliers), used

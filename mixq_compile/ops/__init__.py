@@ -1,0 +1,25 @@
+"""Operators of the `mixq::` namespace, their providers and the outlier state they change."""
+
+from mixq_compile.ops.declarations import (
+    dequantize,
+    mixed_gemm,
+    mixed_linear,
+    quantize,
+    quantize_online,
+    refresh_outlier_weights,
+    weight_only_linear,
+)
+from mixq_compile.ops.linear import linear
+from mixq_compile.ops.outlier_state import OutlierState
+
+__all__ = [
+    "OutlierState",
+    "dequantize",
+    "linear",
+    "mixed_gemm",
+    "mixed_linear",
+    "quantize",
+    "quantize_online",
+    "refresh_outlier_weights",
+    "weight_only_linear",
+]

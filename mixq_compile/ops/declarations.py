@@ -1,0 +1,214 @@
+"""The `mixq::` operators: schema and shapes. What they compute is `kernels/ref`, the specification.
+
+M rows (all leading dimensions together), K = in_features, N = out_features, C outlier slots. All
+operators are functional, except that the online ones change the outlier state and
+`refresh_outlier_weights` its caches. The last argument of each, `kernel`, names a provider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mixq_compile.ops.outlier_state import STATE_FIELDS
+from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
+
+
+def _codes_like(x: Tensor) -> Tensor:
+    padded = (x.shape[-1] + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+    return x.new_empty((*x.shape[:-1], padded), dtype=torch.int8)[..., : x.shape[-1]]
+
+
+def _quantized_like(x: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return _codes_like(x), scale, x.new_empty((*x.shape[:-1], capacity))
+
+
+@torch.library.custom_op("mixq::quantize", mutates_args=())
+def quantize(
+    x: Tensor,
+    index: Tensor,
+    column_slot: Tensor,
+    count: Tensor,
+    bits: int,
+    small_m: int,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes rows with fixed outlier columns.
+
+    x `[..., K]`; index `[C]`, column_slot `[K]`, count `[1]` int32 (C = 0: no outliers).
+    Returns codes int8 `[..., K]`, scale fp32 `[...]`, outliers `[..., C]` in x's dtype.
+    """
+    return run("quantize", kernel, x, 8, x, index, column_slot, count, bits, small_m)  # type: ignore[no-any-return]
+
+
+@quantize.register_fake
+def _(x, index, column_slot, count, bits, small_m, kernel):  # type: ignore[no-untyped-def]
+    return _quantized_like(x, index.shape[0])
+
+
+@torch.library.custom_op("mixq::quantize_online", mutates_args=STATE_FIELDS)
+def quantize_online(
+    x: Tensor,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    bits: int,
+    miss: str,
+    small_m: int,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantizes rows with the outlier columns known so far, and learns new ones (docs/semantics.md).
+
+    Like `quantize`, and returns count int32 `[1]`: how many of the outlier slots this call used.
+    """
+    return run(  # type: ignore[no-any-return]
+        "quantize_online", kernel, x, 8,
+        x, index, column_slot, column_max, counters, effective_threshold, bits, miss, small_m,
+    )  # fmt: skip
+
+
+@quantize_online.register_fake
+def _(x, index, column_slot, column_max, counters, effective_threshold, bits, miss, small_m, kernel):  # type: ignore[no-untyped-def]
+    return *_quantized_like(x, index.shape[0]), counters.new_empty(1)
+
+
+@torch.library.custom_op(
+    "mixq::refresh_outlier_weights", mutates_args=("cached_index", "outlier_weight")
+)
+def refresh_outlier_weights(
+    codes: Tensor,
+    index: Tensor,
+    count: Tensor,
+    cached_index: Sequence[Tensor],
+    outlier_weight: Sequence[Tensor],
+    weight_codes: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    original: Sequence[Tensor],
+    small_m: int,
+    kernel: str,
+) -> None:
+    """Fetches the columns of slots below `count` whose `cached_index` differs from `index`.
+
+    For each linear that reads one quantization point: cached_index `[C]` int32 (-1 empty),
+    outlier_weight `[N, C]`, weight_codes `[N, K]`, weight_scale `[N]`, and original: the 16-bit
+    weight `[N, K]`, or an empty tensor where only the codes are at hand. Slots from `count` to the
+    next multiple of 64 are zero. Does nothing where codes have at most `small_m` rows.
+    """
+    if outlier_weight:
+        run(
+            "refresh_outlier_weights", kernel, outlier_weight[0], 8,
+            codes, index, count, cached_index, outlier_weight, weight_codes, weight_scale, original,
+            small_m,
+        )  # fmt: skip
+
+
+@refresh_outlier_weights.register_fake
+def _(codes, index, count, cached_index, outlier_weight, weight_codes, weight_scale, original, small_m, kernel):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.custom_op("mixq::mixed_gemm", mutates_args=())
+def mixed_gemm(
+    codes: Tensor,
+    outliers: Tensor,
+    count: Tensor,
+    weight_codes: Tensor,
+    outlier_weight: Tensor,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """The integer product int32 `[..., N]` and the outlier product fp32 `[..., N]`, not yet joined."""
+    return run(  # type: ignore[no-any-return]
+        "mixed_gemm", kernel, outliers, weight_bits(weight_codes),
+        codes, outliers, count, weight_codes, outlier_weight,
+    )  # fmt: skip
+
+
+@mixed_gemm.register_fake
+def _(codes, outliers, count, weight_codes, outlier_weight, kernel):  # type: ignore[no-untyped-def]
+    shape = (*codes.shape[:-1], weight_codes.shape[0])
+    accumulator = codes.new_empty(shape, dtype=torch.int32)
+    return accumulator, codes.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("mixq::dequantize", mutates_args=())
+def dequantize(
+    x: Tensor,
+    accumulator: Tensor,
+    outlier_product: Tensor,
+    scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    kernel: str,
+) -> Tensor:
+    """`accumulator * scale * weight_scale + outlier_product + bias`, in fp32, rounded once to x's dtype."""
+    return run(  # type: ignore[no-any-return]
+        "dequantize", kernel, x, 8,
+        x, accumulator, outlier_product, scale, weight_scale, bias,
+    )  # fmt: skip
+
+
+@dequantize.register_fake
+def _(x, accumulator, outlier_product, scale, weight_scale, bias, kernel):  # type: ignore[no-untyped-def]
+    return x.new_empty(accumulator.shape)
+
+
+@torch.library.custom_op("mixq::mixed_linear", mutates_args=())
+def mixed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    outliers: Tensor,
+    count: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    small_m: int,
+    kernel: str,
+) -> Tensor:
+    """`mixed_gemm` and `dequantize` in one kernel; at most `small_m` rows take `weight_only_linear`.
+
+    x `[..., K]` is read only by the weight-only path; its dtype is the result's, `[..., N]`.
+    """
+    return run(  # type: ignore[no-any-return]
+        "mixed_linear", kernel, x, weight_bits(weight_codes),
+        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, small_m,
+    )  # fmt: skip
+
+
+@mixed_linear.register_fake
+def _(x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, small_m, kernel):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
+
+
+@torch.library.custom_op("mixq::weight_only_linear", mutates_args=())
+def weight_only_linear(
+    x: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    kernel: str,
+) -> Tensor:
+    """`x · (weight_codes * weight_scale)ᵀ + bias` with x in 16 or 32 bit: `[..., K] -> [..., N]`."""
+    return run(  # type: ignore[no-any-return]
+        "weight_only_linear", kernel, x, weight_bits(weight_codes),
+        x, weight_codes, weight_scale, bias,
+    )  # fmt: skip
+
+
+@weight_only_linear.register_fake
+def _(x, weight_codes, weight_scale, bias, kernel):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
+
+
+for _operator in (
+    quantize, quantize_online, refresh_outlier_weights, mixed_gemm, dequantize, mixed_linear,
+    weight_only_linear,
+):  # fmt: skip
+    declare(_operator._name, _operator._init_fn)

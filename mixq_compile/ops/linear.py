@@ -1,0 +1,84 @@
+"""`mixq::linear`: the whole quantized linear as one operator, what `MixqLinear` calls.
+
+Its schema is serialised with quantized models; the `swapped` pipeline expands it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixq_compile.ops.declarations import (
+    mixed_linear,
+    quantize,
+    quantize_online,
+    refresh_outlier_weights,
+    weight_only_linear,
+)
+from mixq_compile.ops.outlier_state import COUNT, STATE_FIELDS
+from mixq_compile.ops.providers import AUTO, KernelQuery, small_batch_limit
+from mixq_compile.ops.weight_codes import weight_bits
+
+
+def small_batch_of(x: Tensor, weight_codes: Tensor, batch_invariant: bool) -> int:
+    """The largest M that takes the weight-only path for this weight; 0 where one kernel serves all M."""
+    if batch_invariant:
+        return 0
+    query = KernelQuery(
+        "mixed_linear", x.device, x.dtype, weight_bits(weight_codes), x.shape[-1], weight_codes.shape[0]
+    )
+    return small_batch_limit(query)
+
+
+@torch.library.custom_op(
+    "mixq::linear", mutates_args=(*STATE_FIELDS, "cached_index", "outlier_weight")
+)
+def linear(
+    x: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    cached_index: Tensor,
+    outlier_weight: Tensor,
+    original: Tensor,
+    activation_bits: int,
+    batch_invariant: bool,
+    miss: str,
+) -> Tensor:
+    """The quantized linear `[..., K] -> [..., N]`: the composition of the other operators.
+
+    activation_bits 16 is weight-only; C = 0 slots or the policy `static` never learn columns.
+    original is the 16-bit weight or an empty tensor.
+    """
+    if activation_bits == 16:
+        return weight_only_linear(x, weight_codes, weight_scale, bias, AUTO)
+    small_m = small_batch_of(x, weight_codes, batch_invariant)
+    if miss == "static" or index.shape[0] == 0:
+        count = counters[COUNT : COUNT + 1]
+        codes, scale, outliers = quantize(
+            x, index, column_slot, count, activation_bits, small_m, AUTO
+        )
+    else:
+        codes, scale, outliers, count = quantize_online(
+            x, index, column_slot, column_max, counters, effective_threshold,
+            activation_bits, miss, small_m, AUTO,
+        )  # fmt: skip
+    if index.shape[0]:
+        refresh_outlier_weights(
+            codes, index, count, [cached_index], [outlier_weight], [weight_codes], [weight_scale],
+            [original], small_m, AUTO,
+        )  # fmt: skip
+    return mixed_linear(
+        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias,
+        small_m, AUTO,
+    )  # fmt: skip
+
+
+@linear.register_fake
+def _(x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters, effective_threshold, cached_index, outlier_weight, original, activation_bits, batch_invariant, miss):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))

@@ -1,0 +1,103 @@
+"""The device buffers that remember which columns of one activation are outliers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixq_compile.errors import OptionError
+
+COUNT, OVERFLOW, FLAG, FROZEN = range(4)
+"""Places in `OutlierState.counters`."""
+
+STATE_FIELDS = ("index", "column_slot", "column_max", "counters", "effective_threshold")
+"""The buffers, in the order in which operators take them."""
+
+
+@dataclass
+class OutlierState:
+    """State of one quantization point: one activation, shared by all linears that read it.
+
+    Fixed shapes and addresses, changed in place on the device, so that captured graphs stay valid.
+    """
+
+    index: Tensor
+    """[C] int32: the column in each slot; only the first `count` slots hold one."""
+    column_slot: Tensor
+    """[K] int32: the slot of each column, -1 where it is no outlier."""
+    column_max: Tensor
+    """[C] fp32: largest magnitude seen in a slot's column, in calls that found a new column."""
+    counters: Tensor
+    """[4] int32: count, overflow (columns turned away), flag (a row exceeded), frozen."""
+    effective_threshold: Tensor
+    """[1] fp32: the threshold, or the largest column maximum that found no slot."""
+    threshold: float
+
+    @classmethod
+    def create(
+        cls, in_features: int, capacity: int, threshold: float, device: torch.device | str
+    ) -> OutlierState:
+        """An empty state for K = `in_features` columns and C = `capacity` slots."""
+        state = cls(
+            index=torch.zeros(capacity, dtype=torch.int32, device=device),
+            column_slot=torch.full((in_features,), -1, dtype=torch.int32, device=device),
+            column_max=torch.zeros(capacity, dtype=torch.float32, device=device),
+            counters=torch.zeros(4, dtype=torch.int32, device=device),
+            effective_threshold=torch.full((1,), threshold, dtype=torch.float32, device=device),
+            threshold=threshold,
+        )
+        return state
+
+    @property
+    def capacity(self) -> int:
+        return self.index.shape[0]
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The buffers in the order in which operators take them."""
+        return tuple(getattr(self, name) for name in STATE_FIELDS)
+
+    def reset(self) -> None:
+        """Forgets every column, in place."""
+        self.index.zero_()
+        self.column_slot.fill_(-1)
+        self.column_max.zero_()
+        self.counters.zero_()
+        self.effective_threshold.fill_(self.threshold)
+
+    def freeze(self) -> None:
+        """Keeps the columns known now: later calls enlarge the row scale instead of adding one."""
+        self.counters[FROZEN] = 1
+
+    def preload(self, columns: Sequence[int], column_max: Sequence[float] | None = None) -> None:
+        """Starts with these columns (calibrated), ascending, in place of those known so far.
+
+        Raises OptionError where there are more of them than slots, or one is out of range.
+        """
+        if len(columns) > self.capacity:
+            raise OptionError(
+                f"{len(columns)} outlier columns do not fit a capacity of {self.capacity}: "
+                "raise capacity (a multiple of 16) or the threshold."
+            )
+        in_features = self.column_slot.shape[0]
+        if any(not 0 <= column < in_features for column in columns):
+            raise OptionError(f"an outlier column lies outside 0…{in_features - 1}.")
+        self.reset()
+        maxima = list(column_max) if column_max is not None else [self.threshold] * len(columns)
+        ordered = sorted(zip(columns, maxima, strict=True))
+        chosen = torch.tensor([column for column, _ in ordered], dtype=torch.int32)
+        self.index[: len(ordered)] = chosen.to(self.index.device)
+        self.column_max[: len(ordered)] = torch.tensor([value for _, value in ordered])
+        slots = torch.arange(len(ordered), dtype=torch.int32, device=self.index.device)
+        self.column_slot[chosen.long().to(self.index.device)] = slots
+        self.counters[COUNT] = len(ordered)
+
+    def columns(self) -> list[int]:
+        """The outlier columns known now, by slot; waits for the device."""
+        return [int(column) for column in self.index[: int(self.counters[COUNT])].tolist()]
+
+    def overflow(self) -> int:
+        """How often a column found no slot; waits for the device."""
+        return int(self.counters[OVERFLOW])

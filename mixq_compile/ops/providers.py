@@ -1,0 +1,173 @@
+"""Who implements an operator: providers register here, one is chosen for each call.
+
+A provider is a folder in `mixq_compile/kernels/`; each of its modules registers functions with
+`@provider(...)`. The reference (`ref`) implements everything and is the specification.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mixq_compile.errors import KernelError, unknown_name
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class KernelQuery:
+    """What a provider must know to say whether it supports a call; nothing here depends on M."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    """dtype of the activation: bfloat16, float16 or float32."""
+    weight_bits: int = 8
+    in_features: int | None = None
+    out_features: int | None = None
+
+
+Supports = Callable[[KernelQuery], "bool | str"]
+"""True, or the reason why not."""
+Speedup = Callable[[KernelQuery, int], "float | None"]
+"""Time of the 16/32-bit linear over the provider's whole path at this M; None where not known."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of one operator."""
+
+    op: str
+    name: str
+    function: Callable[..., Any]
+    supports: Supports
+    priority: int
+    speedup: Speedup | None = None
+    small_batch: Callable[[KernelQuery], int] | None = None
+    """Largest M that the weight-only path serves better; None means that path is never better."""
+
+
+_PROVIDERS: dict[str, dict[str, Provider]] = {}
+_SIGNATURES: dict[str, tuple[str, ...]] = {}
+
+
+def declare(op: str, function: Callable[..., Any]) -> None:
+    """Records an operator's argument names (without the trailing `kernel`), for providers to match."""
+    names = tuple(inspect.signature(function).parameters)
+    _SIGNATURES[op] = tuple(name for name in names if name != "kernel")
+
+
+def provider(
+    op: str,
+    *,
+    name: str,
+    priority: int,
+    supports: Supports,
+    speedup: Speedup | None = None,
+    small_batch: Callable[[KernelQuery], int] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated function as provider `name` of operator `op`.
+
+    Raises KernelError where its argument names differ from the operator's.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if op not in _SIGNATURES:
+            raise unknown_name("operator", op, _SIGNATURES)
+        found = tuple(inspect.signature(function).parameters)
+        if found != _SIGNATURES[op]:
+            raise KernelError(
+                f"provider {name!r} of mixq::{op} takes {found}, but the operator has "
+                f"{_SIGNATURES[op]}: give it the same arguments in the same order."
+            )
+        _PROVIDERS.setdefault(op, {})[name] = Provider(
+            op, name, function, supports, priority, speedup, small_batch
+        )
+        return function
+
+    return register
+
+
+@functools.cache
+def load_providers() -> tuple[str, ...]:
+    """Imports every module of every folder in `mixq_compile/kernels` once; returns the folders' names."""
+    kernels = importlib.import_module("mixq_compile.kernels")
+    names = []
+    for folder in pkgutil.iter_modules(kernels.__path__):
+        package = importlib.import_module(f"mixq_compile.kernels.{folder.name}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+        names.append(folder.name)
+    return tuple(sorted(names))
+
+
+def providers_of(op: str) -> list[Provider]:
+    """All providers of an operator, the preferred one first."""
+    load_providers()
+    return sorted(_PROVIDERS.get(op, {}).values(), key=lambda entry: -entry.priority)
+
+
+def operators() -> tuple[str, ...]:
+    """Names of all declared operators that providers implement."""
+    return tuple(sorted(_SIGNATURES))
+
+
+def rejections(query: KernelQuery) -> tuple[Provider | None, dict[str, str]]:
+    """The preferred provider that supports the query, and for each refused one its reason."""
+    refused: dict[str, str] = {}
+    for entry in providers_of(query.op):
+        verdict = entry.supports(query)
+        if verdict is True:
+            return entry, refused
+        refused[entry.name] = str(verdict)
+    return None, refused
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(query: KernelQuery) -> Provider:
+    """The preferred provider that supports the query. Raises KernelError with all reasons."""
+    chosen, refused = rejections(query)
+    if chosen is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise KernelError(f"no kernel for mixq::{query.op} on {query.device}: {reasons}.")
+    if refused and chosen.name == "ref":
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        log.warning(
+            "mixq::%s on %s runs the slow reference (%s)", query.op, query.device, reasons
+        )
+    return chosen
+
+
+def named(op: str, name: str) -> Provider:
+    """Provider `name` of operator `op`. Raises OptionError that lists the valid names."""
+    load_providers()
+    found = _PROVIDERS.get(op, {}).get(name)
+    if found is None:
+        raise unknown_name(f"kernel provider of mixq::{op}", name, _PROVIDERS.get(op, {}))
+    return found
+
+
+def run(op: str, kernel: str, x: torch.Tensor, weight_bits: int, *arguments: Any) -> Any:
+    """Calls the chosen provider (`kernel` is its name or `"auto"`) with the operator's arguments.
+
+    `x` is a tensor whose device and dtype decide under `"auto"`.
+    """
+    if kernel == AUTO:
+        return choose(KernelQuery(op, x.device, x.dtype, weight_bits)).function(*arguments)
+    return named(op, kernel).function(*arguments)
+
+
+def small_batch_limit(query: KernelQuery) -> int:
+    """The largest M that the weight-only path serves better with the chosen provider; 0 for none."""
+    chosen = choose(query)
+    return chosen.small_batch(query) if chosen.small_batch else 0

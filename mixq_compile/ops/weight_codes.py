@@ -1,0 +1,95 @@
+"""Integer codes of a weight: solving for scales, packing two 4-bit codes a byte, and back.
+
+A weight of 8 bits is int8 `[N, K]`; one of 4 bits is uint8 `[N, ceil(K/2)]`, the even column in the
+low nibble. Rows are padded in memory to a stride of 16 bytes (what TMA needs); K stays logical.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixq_compile.scheme import TensorFormat
+
+ROW_ALIGNMENT = 16
+EPSILON = 2.0**-96
+CLIP_CANDIDATES = 41
+SMALLEST_CLIP = 0.5
+
+
+def aligned_empty(leading: tuple[int, ...], columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised `[*leading, columns]` tensor of one-byte codes whose row stride is a multiple of 16."""
+    padded = (columns + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+    return torch.empty((*leading, padded), dtype=dtype, device=device)[..., :columns]
+
+
+def weight_bits(weight_codes: Tensor) -> int:
+    """8 for int8 codes, 4 for packed uint8 ones."""
+    return 4 if weight_codes.dtype == torch.uint8 else 8
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Packs int8 codes in [-8, 7], `[N, K]`, into uint8 `[N, ceil(K/2)]`; an odd K pads with code 0."""
+    rows, columns = codes.shape
+    if columns % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    low, high = codes[:, 0::2], codes[:, 1::2]
+    packed = (low & 0xF).to(torch.uint8) | ((high & 0xF).to(torch.uint8) << 4)
+    out = aligned_empty((rows,), packed.shape[1], torch.uint8, codes.device)
+    return out.copy_(packed)
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """The int8 codes `[N, columns]` of a packed weight."""
+    low = (packed & 0xF).to(torch.int8)
+    high = (packed >> 4).to(torch.int8)
+    both = torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
+    return torch.where(both > 7, both - 16, both)
+
+
+def integer_codes(weight_codes: Tensor, in_features: int) -> Tensor:
+    """int8 codes `[N, K]` of a weight of either width."""
+    if weight_bits(weight_codes) == 4:
+        return unpack_int4(weight_codes, in_features)
+    return weight_codes
+
+
+def _codes_for(weight: Tensor, scale: Tensor, fmt: TensorFormat) -> Tensor:
+    lowest = -fmt.largest_code - (1 if fmt.bits == 4 else 0)
+    return torch.round(weight / scale[:, None]).clamp_(lowest, fmt.largest_code)
+
+
+def _clip_search(weight: Tensor, largest: Tensor, fmt: TensorFormat) -> Tensor:
+    """The scale per row with the smallest squared error among clipped maxima."""
+    best_scale = largest / fmt.largest_code
+    best_error = torch.full_like(largest, torch.inf)
+    for ratio in torch.linspace(1.0, SMALLEST_CLIP, CLIP_CANDIDATES).tolist():
+        scale = (largest * ratio) / fmt.largest_code
+        error = (_codes_for(weight, scale, fmt) * scale[:, None] - weight).square_().sum(dim=1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale
+
+
+def quantize_weight(weight: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
+    """Codes and fp32 scales `[N]` of a weight `[N, K]`, one scale per output channel.
+
+    Codes are int8 `[N, K]` or, for 4 bits, packed uint8 `[N, ceil(K/2)]`.
+    """
+    values = weight.detach().float()
+    largest = values.abs().amax(dim=1).clamp_min(EPSILON)  # [N]
+    if fmt.solver == "clip":
+        scale = _clip_search(values, largest, fmt)
+    else:
+        scale = largest / fmt.largest_code
+    codes = _codes_for(values, scale, fmt).to(torch.int8)
+    if fmt.bits == 4:
+        return pack_int4(codes), scale
+    out = aligned_empty((codes.shape[0],), codes.shape[1], torch.int8, codes.device)
+    return out.copy_(codes), scale
+
+
+def dequantize_weight(weight_codes: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
+    """The fp32 weight `[N, K]` that codes and scales `[N]` stand for."""
+    return integer_codes(weight_codes, in_features).float() * weight_scale[:, None]
