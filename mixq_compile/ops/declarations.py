@@ -2,7 +2,8 @@
 
 M rows (all leading dimensions together), K = in_features, N = out_features, C outlier slots. All
 operators are functional, except that the online ones change the outlier state and
-`refresh_outlier_weights` its caches. The last argument of each, `kernel`, names a provider.
+`refresh_outlier_weights` its caches. `count` is int32 and its first element counts the outlier slots
+in use, so that `OutlierState.counters` can stand for it. The last argument, `kernel`, names a provider.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes rows with fixed outlier columns.
 
-    x `[..., K]`; index `[C]`, column_slot `[K]`, count `[1]` int32 (C = 0: no outliers).
+    x `[..., K]`; index `[C]`, column_slot `[K]`, count int32 (C = 0: no outliers).
     Returns codes int8 `[..., K]`, scale fp32 `[...]`, outliers `[..., C]` in x's dtype.
     """
     return run("quantize", kernel, x, 8, x, index, column_slot, count, bits, small_m)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from mixq_compile.ops.declarations import (
     refresh_outlier_weights,
     weight_only_linear,
 )
-from mixq_compile.ops.outlier_state import COUNT, STATE_FIELDS
+from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import AUTO, KernelQuery, small_batch_limit
 from mixq_compile.ops.weight_codes import weight_bits
 
@@ -59,9 +59,9 @@ def linear(
         return weight_only_linear(x, weight_codes, weight_scale, bias, AUTO)
     small_m = small_batch_of(x, weight_codes, batch_invariant)
     if miss == "static" or index.shape[0] == 0:
-        count = counters[COUNT : COUNT + 1]
+        count = counters
         codes, scale, outliers = quantize(
-            x, index, column_slot, count, activation_bits, small_m, AUTO
+            x, index, column_slot, counters, activation_bits, small_m, AUTO
         )
     else:
         codes, scale, outliers, count = quantize_online(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.kernels.ref.quantization import PRIORITY, supports
+from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
 from mixq_compile.ops.weight_codes import dequantize_weight, integer_codes
 
@@ -17,7 +18,7 @@ def mixed_gemm(
     # float64 holds every integer sum exactly: K * 127 * 128 is far below 2**53.
     weight = integer_codes(weight_codes, codes.shape[-1]).double()
     accumulator = (codes.double() @ weight.T).to(torch.int32)
-    used = int(count) if outliers.shape[-1] else 0
+    used = int(count[COUNT]) if outliers.shape[-1] else 0
     columns = outliers[..., :used].float()
     return accumulator, columns @ outlier_weight[:, :used].float().T
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mixq_compile.kernels.ref.quantization import PRIORITY, supports
+from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
 from mixq_compile.ops.weight_codes import dequantize_weight
 
@@ -29,7 +30,7 @@ def refresh_outlier_weights(
     in_features = codes.shape[-1]
     if codes.numel() <= small_m * in_features:
         return
-    used = int(count)
+    used = int(count[COUNT])
     for cached, cache, packed, scale, source in zip(
         cached_index, outlier_weight, weight_codes, weight_scale, original, strict=True
     ):

@@ -65,7 +65,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     matrix = x.reshape(_rows(x), x.shape[-1])
     codes, scale = _codes_and_scale(matrix.float(), column_slot, bits)
-    outliers = _extract(matrix, index, int(count) if index.shape[0] else 0)
+    outliers = _extract(matrix, index, int(count[COUNT]) if index.shape[0] else 0)
     return _shaped(x, codes, scale, outliers)
 
 
