@@ -1,0 +1,1 @@
+"""Views of a history: terminal, and what else reads it."""

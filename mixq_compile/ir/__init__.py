@@ -1,0 +1,1 @@
+"""The captured graph: values, names, annotations, snapshots and the verifier."""

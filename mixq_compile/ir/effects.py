@@ -1,0 +1,44 @@
+"""Which calls write, and must stay although nothing reads their result."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Node
+
+_INPLACE_OPERATORS = frozenset(
+    function
+    for name, function in vars(operator).items()
+    if name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
+) - {operator.index, operator.invert, operator.inv}
+
+
+def is_in_place(node: Node) -> bool:
+    """True for a call that may change shape or contents of an argument, so that it runs only once."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.namespace == "aten" and node.target._schema.is_mutable
+    if node.target in _INPLACE_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace") is True:
+        return True
+    return getattr(node.target, "__name__", "").endswith("_")
+
+
+def has_effect(node: Node) -> bool:
+    """True for a node that dead-code elimination must keep.
+
+    Beside what torch.fx knows: operators that write an argument (outlier state), and the in-place
+    methods and functions of the torch-level graphs that Dynamo captures.
+    """
+    if node.op in ("placeholder", "output", "call_module"):
+        return True
+    if node.op == "get_attr":
+        return False
+    if is_in_place(node) or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return (schema is not None and bool(schema.is_mutable)) or node.is_impure()

@@ -1,0 +1,30 @@
+"""Reading a linear in a graph: which node transposes, and which parameter is behind a weight."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+TRANSPOSES = (torch.t, aten.t.default, "t")
+SWAPS = (torch.transpose, aten.transpose.int, "transpose", torch.permute, aten.permute.default, "permute")
+
+
+def transposed_source(node: Node) -> Node | None:
+    """The 2-D value that this node transposes, or None where it does something else."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    source = node.args[0]
+    if not isinstance(source, Node):
+        return None
+    if node.target in TRANSPOSES:
+        return source
+    if node.target is getattr and node.args[1] in ("T", "mT"):
+        return source
+    if node.target in SWAPS:
+        axes = node.args[1] if len(node.args) == 2 else node.args[1:]
+        if isinstance(axes, (list, tuple)) and sorted(axis % 2 for axis in axes) == [0, 1]:  # type: ignore[operator]
+            is_permutation = node.target in SWAPS[3:]
+            if not is_permutation or axes[0] % 2 == 1:  # type: ignore[operator]
+                return source
+    return None

@@ -1,0 +1,138 @@
+"""Checks that what a graph records is what its operators compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_flatten
+
+from mixq_compile.ir.annotations import as_json
+from mixq_compile.ir.effects import is_in_place
+from mixq_compile.ir.evaluate import UnknownValueError, evaluate
+from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.shapes import hint_of
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+_AUTOCAST_ENTER = torch.amp.autocast_mode._enter_autocast
+_AUTOCAST_EXIT = torch.amp.autocast_mode._exit_autocast
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Something in a graph that does not hold."""
+
+    node: str
+    """Name of the node; empty for the graph as a whole."""
+    message: str
+
+
+def verify(graph: CapturedGraph, nodes: Iterable[Node] | None = None) -> list[Violation]:
+    """What is wrong with a graph, or with the given nodes of it.
+
+    The structure is always checked in full. Shapes, dtypes and devices are checked by running each
+    operator on the recorded values of its inputs, which `Graph.lint` does not do; calls that write
+    their arguments in place, depend on data, or run under autocast are taken as they are.
+    """
+    violations = _structure(graph)
+    if violations:
+        return violations
+    chosen = None if nodes is None else set(nodes)
+    autocast = 0
+    for node in graph.graph.nodes:
+        if node.target is _AUTOCAST_ENTER:
+            autocast += 1
+        elif node.target is _AUTOCAST_EXIT:
+            autocast -= 1
+        if chosen is None or node in chosen:
+            problems = [_annotations(node), None if autocast else _value(graph, node)]
+            violations += [Violation(node.name, problem) for problem in problems if problem is not None]
+    return violations
+
+
+def _structure(graph: CapturedGraph) -> list[Violation]:
+    found: list[Violation] = []
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and graph.attribute(str(node.target)) is None:
+            found.append(Violation(node.name, f"reads {node.target!r}, which the module does not have"))
+    if not found:
+        try:
+            graph.graph.lint()
+        except (RuntimeError, ValueError, AttributeError) as error:
+            found.append(Violation("", str(error)))
+    return found
+
+
+def _annotations(node: Node) -> str | None:
+    try:
+        as_json(node.meta.get("custom", {}), "meta['custom']")
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _value(graph: CapturedGraph, node: Node) -> str | None:
+    """Why the recorded value of a node is wrong; None where it is right or cannot be checked."""
+    recorded = graph.value(node)
+    if node.op == "get_attr":
+        held = graph.attribute(str(node.target))
+        return _difference(recorded, held) if isinstance(held, Tensor) and recorded is not None else None
+    if node.op not in ("call_function", "call_method") or recorded is None or is_in_place(node):
+        return None
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return None
+    try:
+        computed = evaluate(node.target, node.args, node.kwargs, graph.known_value, graph.fake_mode)
+    except (UnknownValueError, *DATA_DEPENDENT):
+        return None
+    except Exception as error:
+        if isinstance(error.__cause__, DATA_DEPENDENT):
+            return None
+        return f"its operator refuses its inputs: {type(error).__name__}: {_first_line(error)}"
+    return _difference(recorded, computed)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def _difference(recorded: Any, computed: Any) -> str | None:
+    records, structure = tree_flatten(recorded)
+    results, result_structure = tree_flatten(computed)
+    if len(records) != len(results):
+        return f"records {structure.num_leaves} results, its operator gives {result_structure.num_leaves}"
+    for record, result in zip(records, results, strict=True):
+        if isinstance(record, Tensor) != isinstance(result, Tensor):
+            return f"records {type(record).__name__}, its operator gives {type(result).__name__}"
+        if isinstance(record, Tensor) and not _same_tensor(record, result):
+            return f"records {describe(record)}, its operator gives {describe(result)}"
+    return None
+
+
+def _same_tensor(left: Tensor, right: Tensor) -> bool:
+    if (left.dtype, left.device, left.dim()) != (right.dtype, right.device, right.dim()):
+        return False
+    return all(_may_be_equal(one, other) for one, other in zip(left.shape, right.shape, strict=True))
+
+
+def _may_be_equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """False where two sizes are known to differ; compares traced values, since `==` would add a guard."""
+    one, other = hint_of(left), hint_of(right)
+    return one is None or other is None or one == other
+
+
+def describe(value: Any) -> str:
+    """A value in a line: `float32[2, s0, 64]`, `(int8[4, 8], float32[4])`, `s0`."""
+    if isinstance(value, Tensor):
+        sizes = ", ".join(str(size) for size in value.shape)
+        text = f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+        return text if value.device.type == "cpu" else f"{text} {value.device}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(describe(item) for item in value)})"
+    return "" if value is None else str(value)
