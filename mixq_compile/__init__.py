@@ -1,1 +1,53 @@
-"""mixq_compile."""
+"""mixq_compile: a torch.compile backend and pass framework for outlier-aware mixed-precision inference.
+
+`torch.compile(model, backend="mixq")` needs no import of this package. Its functions are imported
+when they are first used, so that `import mixq_compile` loads neither torch, triton nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CalibrationStats": "mixq_compile.calibration",
+    "MixqLinear": "mixq_compile.runtime.mixq_linear",
+    "MixqOptions": "mixq_compile.runtime.options",
+    "calibrate": "mixq_compile.calibration",
+    "capture": "mixq_compile.runtime.export",
+    "compile": "mixq_compile.runtime.export",
+    "freeze": "mixq_compile.runtime.report",
+    "load_pretrained": "mixq_compile.runtime.checkpoint",
+    "quantize": "mixq_compile.runtime.quantize",
+    "report": "mixq_compile.runtime.report",
+    "reset": "mixq_compile.runtime.report",
+    "save_pretrained": "mixq_compile.runtime.checkpoint",
+}
+
+__all__ = [  # noqa: RUF022  # the table above gives the homes, this list what `import *` brings
+    "__version__",
+    *sorted(_HOME),
+]
+
+if TYPE_CHECKING:
+    from mixq_compile.calibration import CalibrationStats, calibrate
+    from mixq_compile.runtime.checkpoint import load_pretrained, save_pretrained
+    from mixq_compile.runtime.export import capture, compile
+    from mixq_compile.runtime.mixq_linear import MixqLinear
+    from mixq_compile.runtime.options import MixqOptions
+    from mixq_compile.runtime.quantize import quantize
+    from mixq_compile.runtime.report import freeze, report, reset
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'mixq_compile' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

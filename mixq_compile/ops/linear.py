@@ -20,7 +20,7 @@ from mixq_compile.ops.providers import AUTO, KernelQuery, small_batch_limit
 from mixq_compile.ops.weight_codes import weight_bits
 
 
-def small_batch_of(x: Tensor, weight_codes: Tensor, batch_invariant: bool) -> int:
+def small_batch_limit_of(x: Tensor, weight_codes: Tensor, batch_invariant: bool) -> int:
     """The largest M that takes the weight-only path for this weight; 0 where one kernel serves all M."""
     if batch_invariant:
         return 0
@@ -47,17 +47,19 @@ def linear(
     outlier_weight: Tensor,
     original: Tensor,
     activation_bits: int,
+    threshold: float,
     batch_invariant: bool,
     miss: str,
 ) -> Tensor:
     """The quantized linear `[..., K] -> [..., N]`: the composition of the other operators.
 
     activation_bits 16 is weight-only; C = 0 slots or the policy `static` never learn columns.
-    original is the 16-bit weight or an empty tensor.
+    original is the 16-bit weight or an empty tensor. threshold is the configured one, which passes
+    compare; the one in force is in the state.
     """
     if activation_bits == 16:
         return weight_only_linear(x, weight_codes, weight_scale, bias, AUTO)
-    small_m = small_batch_of(x, weight_codes, batch_invariant)
+    small_m = small_batch_limit_of(x, weight_codes, batch_invariant)
     if miss == "static" or index.shape[0] == 0:
         count = counters
         codes, scale, outliers = quantize(
@@ -80,5 +82,5 @@ def linear(
 
 
 @linear.register_fake
-def _(x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters, effective_threshold, cached_index, outlier_weight, original, activation_bits, batch_invariant, miss):  # type: ignore[no-untyped-def]
+def _(x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters, effective_threshold, cached_index, outlier_weight, original, activation_bits, threshold, batch_invariant, miss):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))

@@ -35,6 +35,8 @@ class OutlierState:
     effective_threshold: Tensor
     """[1] fp32: the threshold, or the largest column maximum that found no slot."""
     threshold: float
+    calibrated: tuple[tuple[int, float], ...] = ()
+    """Columns, with their maxima, that a reset keeps."""
 
     @classmethod
     def create(
@@ -60,7 +62,13 @@ class OutlierState:
         return tuple(getattr(self, name) for name in STATE_FIELDS)
 
     def reset(self) -> None:
-        """Forgets every column, in place."""
+        """Forgets every column found online, in place; calibrated ones stay, and so does freezing by them."""
+        frozen = self.counters[FROZEN].clone() if self.calibrated else 0
+        self._clear()
+        self._write(self.calibrated)
+        self.counters[FROZEN] = frozen
+
+    def _clear(self) -> None:
         self.index.zero_()
         self.column_slot.fill_(-1)
         self.column_max.zero_()
@@ -84,15 +92,18 @@ class OutlierState:
         in_features = self.column_slot.shape[0]
         if any(not 0 <= column < in_features for column in columns):
             raise OptionError(f"an outlier column lies outside 0…{in_features - 1}.")
-        self.reset()
         maxima = list(column_max) if column_max is not None else [self.threshold] * len(columns)
-        ordered = sorted(zip(columns, maxima, strict=True))
-        chosen = torch.tensor([column for column, _ in ordered], dtype=torch.int32)
-        self.index[: len(ordered)] = chosen.to(self.index.device)
-        self.column_max[: len(ordered)] = torch.tensor([value for _, value in ordered])
-        slots = torch.arange(len(ordered), dtype=torch.int32, device=self.index.device)
-        self.column_slot[chosen.long().to(self.index.device)] = slots
-        self.counters[COUNT] = len(ordered)
+        self.calibrated = tuple(sorted(zip(columns, maxima, strict=True)))
+        self._clear()
+        self._write(self.calibrated)
+
+    def _write(self, entries: Sequence[tuple[int, float]]) -> None:
+        device = self.index.device
+        chosen = torch.tensor([column for column, _ in entries], dtype=torch.int32, device=device)
+        self.index[: len(entries)] = chosen
+        self.column_max[: len(entries)] = torch.tensor([value for _, value in entries], device=device)
+        self.column_slot[chosen.long()] = torch.arange(len(entries), dtype=torch.int32, device=device)
+        self.counters[COUNT] = len(entries)
 
     def columns(self) -> list[int]:
         """The outlier columns known now, by slot; waits for the device."""

@@ -1,0 +1,1 @@
+"""The compiler passes: one module, one pass. A new file here is a new pass."""

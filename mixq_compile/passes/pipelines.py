@@ -1,0 +1,15 @@
+"""The named pipelines, as text."""
+
+JIT = (
+    "strip-guards,canonicalize-linear,annotate-outliers,select-scheme,rewrite-mixed-linear,"
+    "share-quantize,fuse-epilogue,select-kernels,prune-dead-weights,verify"
+)
+"""A Dynamo graph of an ordinary model; the backend's default."""
+
+SWAPPED = "strip-guards,expand-linear,share-quantize,fuse-epilogue,select-kernels,prune-dead-weights,verify"
+"""A graph of a model whose linears are MixqLinears already."""
+
+AOT = JIT
+"""An exported 16-bit model."""
+
+PIPELINES = {"jit": JIT, "swapped": SWAPPED, "aot": AOT}

@@ -1,0 +1,65 @@
+"""`select-kernels`: names the provider of each `mixq::` operator, and why the others were refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import Node
+
+from mixq_compile.ir.annotations import annotations
+from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ops import providers
+from mixq_compile.pipeline import Decision, Pass, PassContext
+
+WEIGHT_ARGUMENT = {"mixed_gemm": 3, "mixed_linear": 5, "weight_only_linear": 1}
+"""Where an operator takes its weight codes: their dtype tells the bits."""
+SOURCE_ARGUMENT = {"mixed_gemm": 1, "refresh_outlier_weights": 4}
+"""Which argument tells device and dtype, where that is not the first."""
+
+
+def operator_name(node: Node) -> str | None:
+    """The name of the `mixq::` operator that a node calls, or None."""
+    if node.op != "call_function" or getattr(node.target, "namespace", None) != "mixq":
+        return None
+    return str(node.target).split(".")[1]
+
+
+@dataclass(frozen=True)
+class SelectKernels(Pass):
+    """Writes the provider's name into each operator's last argument; M is decided in the call."""
+
+    name: ClassVar[str] = "select-kernels"
+    requires: ClassVar[frozenset[str]] = frozenset({"mixed-linears"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"kernels"})
+
+    kernel: str = "auto"
+    """Name of a provider to use everywhere; auto takes the best one that supports a call."""
+
+    def _query(self, graph: CapturedGraph, node: Node, op: str) -> providers.KernelQuery:
+        source = node.args[SOURCE_ARGUMENT.get(op, 0)]
+        source = source[0] if isinstance(source, (list, tuple)) else source
+        value = graph.value(source)
+        bits = 8
+        if op in WEIGHT_ARGUMENT:
+            weight = graph.value(node.args[WEIGHT_ARGUMENT[op]])  # type: ignore[arg-type]
+            bits = 4 if str(weight.dtype) == "torch.uint8" else 8
+        return providers.KernelQuery(op, value.device, value.dtype, bits)
+
+    def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
+        """One decision for each operator: the provider, and each refused one with its reason."""
+        for node in list(graph.graph.nodes):
+            op = operator_name(node)
+            if op is None or op not in providers.operators():
+                continue
+            query = self._query(graph, node, op)
+            if self.kernel == providers.AUTO:
+                chosen = providers.choose(query)
+                _, refused = providers.rejections(query)
+            else:
+                chosen, refused = providers.named(op, self.kernel), {}
+            reason = f"mixq::{op} by {chosen.name}"
+            yield Decision.applied(node, reason, fqn=annotations(node).fqn, details={"refused": refused})
+            node.args = (*node.args[:-1], chosen.name)
+            annotations(node).kernel = chosen.name

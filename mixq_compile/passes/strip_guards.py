@@ -1,0 +1,57 @@
+"""`strip-guards`: removes what has no effect at inference and hides a linear from its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.pipeline import Decision, Pass, PassContext
+
+DETACHES = (torch.ops.aten.detach.default, torch.Tensor.detach, torch.detach, "detach")
+ASSERTIONS = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_async.default,
+    torch.ops.aten._assert_async.msg,
+)
+
+
+def _is_idle_dropout(node: Node) -> bool:
+    """True for a dropout that passes its input through because it is not training."""
+    if node.target is torch.nn.functional.dropout:
+        probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+        return training is False or probability == 0.0
+    if node.target is torch.ops.aten.dropout.default:
+        return node.args[2] is False
+    return False
+
+
+@dataclass(frozen=True)
+class StripGuards(Pass):
+    """Erases guard calls, metadata assertions, detaches and dropouts of evaluation mode."""
+
+    name: ClassVar[str] = "strip-guards"
+
+    def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
+        """Erases each of them; readers of a detach or dropout read its input."""
+        for node in list(graph.graph.nodes):
+            if node.op == "call_module" and str(node.target).endswith("_guards_fn"):
+                yield Decision.applied(node, "guard call erased")
+                graph.graph.erase_node(node)
+                delattr(graph.module, str(node.target))
+            elif node.op == "call_function" and node.target in ASSERTIONS and not node.users:
+                yield Decision.applied(node, "assertion erased")
+                graph.graph.erase_node(node)
+            elif node.op in ("call_function", "call_method") and (
+                node.target in DETACHES or _is_idle_dropout(node)
+            ):
+                source = node.args[0]
+                assert isinstance(source, Node)
+                yield Decision.applied(node, "no effect at inference: erased")
+                node.replace_all_uses_with(source)
+                graph.graph.erase_node(node)

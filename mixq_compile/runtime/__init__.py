@@ -1,0 +1,1 @@
+"""The torch.compile backend, quantized modules, the weight store and reports."""

@@ -1,0 +1,151 @@
+"""Quantized Hugging Face directories: config.json, mixq.json and one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixq_compile.errors import CheckpointError
+from mixq_compile.runtime.compilation import LinearRecord, remember_swap
+from mixq_compile.runtime.mixq_linear import MixqLinear
+from mixq_compile.scheme import QuantScheme
+
+SCHEMA_VERSION = 1
+MANIFEST = "mixq.json"
+TENSORS = "model.safetensors"
+
+
+def _describe(module: MixqLinear) -> dict[str, Any]:
+    return {
+        "in_features": module.in_features,
+        "out_features": module.out_features,
+        "bias": module.bias is not None,
+        "dtype": str(module.weight_marker.dtype).removeprefix("torch."),
+        "scheme": module.scheme.to_json(),
+        "batch_invariant": module.batch_invariant,
+        "calibrated": module.calibrated,
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without second names of tied weights."""
+    kept: dict[str, Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict().items():
+        identity = (tensor.data_ptr(), tuple(tensor.shape))
+        if name in parameters and tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        kept[name] = tensor.detach().cpu().contiguous().clone()
+    return kept
+
+
+def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
+    """Writes a transformers model that `quantize` swapped to a directory; returns it.
+
+    Outlier columns known now are written too, so that a loaded model starts warm. Raises
+    CheckpointError for a model without a config or without a MixqLinear.
+    """
+    from safetensors.torch import save_file
+
+    swapped = {name: module for name, module in model.named_modules() if isinstance(module, MixqLinear)}
+    if not swapped:
+        raise CheckpointError(
+            "the model has no MixqLinear to save: call mixq_compile.quantize(model) first, or use "
+            "model.save_pretrained for a 16-bit model."
+        )
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "save_pretrained"):
+        raise CheckpointError(
+            f"a {type(model).__name__} has no transformers config: save its state_dict() with torch.save instead."
+        )
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(target)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(target)
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "architecture": type(model).__name__,
+        "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
+        "linears": {name: _describe(module) for name, module in swapped.items()},
+    }
+    save_file(_tensors(model), target / TENSORS, metadata={"format": "pt"})
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return target
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} holds no {MANIFEST}: it is not a directory that mixq_compile.save_pretrained wrote. "
+            "Quantize the model first: mixq quantize MODEL --output DIR."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        version = manifest["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is corrupt ({error}): quantize the model again.") from error
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has schema version {version}, and this release reads {SCHEMA_VERSION}: quantize again."
+        )
+    return manifest
+
+
+def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """Loads a directory that `save_pretrained` wrote; the model is in evaluation mode.
+
+    Raises CheckpointError where a file is missing, corrupt, or does not fit the others.
+    """
+    import transformers
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    source = Path(directory)
+    manifest = _read_manifest(source)
+    config = transformers.AutoConfig.from_pretrained(source)
+    architecture = getattr(transformers, manifest["architecture"], None)
+    if architecture is None:
+        raise CheckpointError(f"this transformers has no {manifest['architecture']!r}: install a newer one.")
+    model = architecture._from_config(config, dtype=getattr(torch, manifest["dtype"]))
+    records = []
+    for name, entry in manifest["linears"].items():
+        scheme = QuantScheme.from_json(entry["scheme"])
+        module = MixqLinear(
+            entry["in_features"], entry["out_features"], scheme,
+            bias=entry["bias"], dtype=getattr(torch, entry["dtype"]), batch_invariant=entry["batch_invariant"],
+        )  # fmt: skip
+        module.calibrated = tuple((int(column), float(value)) for column, value in entry["calibrated"])
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+        records.append(
+            LinearRecord(
+                fqn=name, role="", out_features=module.out_features, in_features=module.in_features,
+                scheme=scheme.name, kernel=None, skip=None, outlier_source="codes",
+                float_bytes=module.out_features * module.in_features * module.weight_marker.element_size(),
+            )
+        )  # fmt: skip
+    try:
+        tensors = load_file(source / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{source / TENSORS} cannot be read ({error}): quantize the model again.") from error
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in model.named_parameters()
+    }
+    untied = [name for name in missing if name not in tied and name not in getattr(model, "_tied_weights_keys", ())]
+    if unexpected or untied:
+        wrong = ", ".join([*unexpected, *untied][:5])
+        raise CheckpointError(f"{source / TENSORS} does not fit its config: {wrong}. Quantize the model again.")
+    remember_swap(model, records)
+    return model.eval().to(device)  # type: ignore[no-any-return]

@@ -1,0 +1,92 @@
+"""What the backend did, kept for reports: one `Compilation` for each graph, found by its parameters."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from mixq_compile.ops.outlier_state import OutlierState
+from mixq_compile.pipeline import History
+from mixq_compile.runtime.options import MixqOptions
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What became of one linear of one graph."""
+
+    fqn: str
+    role: str
+    out_features: int
+    in_features: int
+    scheme: str | None
+    """None where the linear stays as it was."""
+    kernel: str | None
+    skip: str | None
+    """Why it stays as it was."""
+    outlier_source: str | None
+    """Where the weights of outlier columns come from: `original` or `codes`."""
+    float_bytes: int
+    """Bytes of the 16- or 32-bit weight."""
+    weight: weakref.ref[Tensor] | None = field(repr=False, compare=False, default=None)
+    state: weakref.ref[OutlierState] | None = field(repr=False, compare=False, default=None)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One graph that the backend compiled."""
+
+    number: int
+    options: MixqOptions
+    history: History | None
+    """None where a pass failed and the graph was compiled unquantized."""
+    linears: tuple[LinearRecord, ...]
+    fallback: str | None = None
+    """The error that made the backend compile the graph unquantized; None usually."""
+
+
+_COMPILATIONS: list[Compilation] = []
+_MOST_KEPT = 256
+"""Older compilations are forgotten: a server that recompiles for ever must not grow."""
+
+
+def record(
+    options: MixqOptions,
+    history: History | None,
+    linears: Iterable[LinearRecord],
+    fallback: str | None = None,
+) -> Compilation:
+    """Keeps one compilation for later reports."""
+    made = Compilation(next(_numbers), options, history, tuple(linears), fallback)
+    _COMPILATIONS.append(made)
+    del _COMPILATIONS[:-_MOST_KEPT]
+    return made
+
+
+def compilations_of(parameters: Iterable[Tensor]) -> list[Compilation]:
+    """The compilations that saw a linear with one of these parameters, oldest first."""
+    wanted = {id(parameter) for parameter in parameters}
+
+    def sees(compilation: Compilation) -> bool:
+        weights = (record.weight() for record in compilation.linears if record.weight is not None)
+        return any(weight is not None and id(weight) in wanted for weight in weights)
+
+    return [compilation for compilation in _COMPILATIONS if sees(compilation)]
+
+
+_SWAPPED: weakref.WeakKeyDictionary[nn.Module, tuple[LinearRecord, ...]] = weakref.WeakKeyDictionary()
+
+
+def remember_swap(model: nn.Module, linears: Iterable[LinearRecord]) -> None:
+    """Keeps what `quantize` did to each linear of a model, for as long as the model lives."""
+    _SWAPPED[model] = tuple(linears)
+
+
+def swapped_linears(model: nn.Module) -> tuple[LinearRecord, ...]:
+    """What `quantize` did to each linear of a model; empty where it was not used."""
+    return _SWAPPED.get(model, ())

@@ -1,0 +1,171 @@
+"""`MixqLinear`: a linear that holds integer codes in place of its 16-bit weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mixq_compile import ops
+from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
+from mixq_compile.ops.weight_codes import aligned_empty, dequantize_weight, quantize_weight
+from mixq_compile.scheme import QuantScheme
+
+FP32_BUFFERS = ("weight_scale", "column_max", "effective_threshold")
+"""Buffers that stay fp32 when the module is cast to another dtype."""
+
+
+class MixqLinear(nn.Module):
+    """A quantized linear `[..., K] -> [..., N]`, in eager mode as in compiled graphs.
+
+    Its 16-bit weight is gone; `weight` has its shape, dtype and device for code that reads those,
+    and NaN for code that would compute with it.
+    """
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    index: Tensor
+    column_slot: Tensor
+    column_max: Tensor
+    counters: Tensor
+    effective_threshold: Tensor
+    cached_index: Tensor
+    outlier_weight: Tensor
+    outlier_source: Tensor
+    weight_marker: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: QuantScheme,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        batch_invariant: bool = False,
+    ) -> None:
+        """An empty quantized linear; `from_linear` fills one from a trained linear."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme = scheme
+        self.batch_invariant = batch_invariant
+        self.calibrated: tuple[tuple[int, float], ...] = ()
+        policy = scheme.outliers
+        capacity = policy.capacity_for(in_features) if policy else 0
+        codes_columns = in_features if scheme.weight.bits == 8 else (in_features + 1) // 2
+        codes_dtype = torch.int8 if scheme.weight.bits == 8 else torch.uint8
+        self.register_buffer(
+            "weight_codes", aligned_empty((out_features,), codes_columns, codes_dtype, torch.device(device)).zero_()
+        )
+        self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        state = OutlierState.create(
+            in_features, capacity, policy.threshold if policy else float("inf"), device
+        )
+        for name, buffer in zip(STATE_FIELDS, state.buffers(), strict=True):
+            self.register_buffer(name, buffer)
+        self.register_buffer(
+            "cached_index",
+            torch.full((capacity,), -1, dtype=torch.int32, device=device),
+        )
+        self.register_buffer(
+            "outlier_weight", torch.zeros(out_features, capacity, dtype=dtype, device=device)
+        )
+        self.register_buffer("outlier_source", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.register_buffer(
+            "weight_marker", torch.full((), torch.nan, dtype=dtype, device=device), persistent=False
+        )
+        if bias:
+            self.bias: nn.Parameter | None = nn.Parameter(
+                torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False
+            )
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        scheme: QuantScheme,
+        *,
+        columns: Sequence[int] | None = None,
+        column_max: Sequence[float] | None = None,
+        batch_invariant: bool = False,
+        keep_original: bool = False,
+    ) -> MixqLinear:
+        """Quantizes a trained `nn.Linear` or `Conv1D` (whose weight is [K, N]).
+
+        `columns` are calibrated outlier columns; their 16-bit weights are kept. `keep_original` keeps
+        the whole 16-bit weight as the source of columns found later (twice the memory, smaller error).
+        """
+        weight = linear.weight.detach()
+        if not isinstance(linear, nn.Linear):
+            weight = weight.t()
+        out_features, in_features = weight.shape
+        bias = linear.bias
+        module = cls(
+            in_features, out_features, scheme,
+            bias=bias is not None, dtype=weight.dtype, device=weight.device, batch_invariant=batch_invariant,
+        )  # fmt: skip
+        module.weight_codes, module.weight_scale = quantize_weight(weight, scheme.weight)
+        if bias is not None and module.bias is not None:
+            module.bias.data = bias.detach().clone()
+        if keep_original:
+            module.outlier_source = weight.contiguous()
+        if columns is not None and scheme.outliers is not None:
+            state = module.outlier_state()
+            state.preload(columns, column_max)
+            module.calibrated = state.calibrated
+            if scheme.outliers.miss in ("static", "frozen"):
+                state.freeze()
+            chosen = state.columns()
+            module.outlier_weight[:, : len(chosen)] = weight[:, chosen]
+            module.cached_index[: len(chosen)] = module.index[: len(chosen)]
+        return module
+
+    def outlier_state(self) -> OutlierState:
+        """A view of this module's outlier buffers."""
+        threshold = self.scheme.outliers.threshold if self.scheme.outliers else float("inf")
+        buffers = (getattr(self, name) for name in STATE_FIELDS)
+        return OutlierState(*buffers, threshold=threshold, calibrated=self.calibrated)
+
+    @property
+    def weight(self) -> Tensor:
+        """NaN of the weight's shape, dtype and device, without its memory: not for computing."""
+        return self.weight_marker.expand(self.out_features, self.in_features)
+
+    def dequantized_weight(self) -> Tensor:
+        """The fp32 weight `[N, K]` that the codes stand for."""
+        return dequantize_weight(self.weight_codes, self.weight_scale, self.in_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, outlier weights and state."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized linear, learning outlier columns as the scheme's policy says."""
+        policy = self.scheme.outliers
+        return ops.linear(  # type: ignore[no-any-return]
+            x, self.weight_codes, self.weight_scale, self.bias,
+            self.index, self.column_slot, self.column_max, self.counters, self.effective_threshold,
+            self.cached_index, self.outlier_weight, self.outlier_source,
+            self.scheme.activation.bits if self.scheme.activation else 16,
+            policy.threshold if policy else float("inf"),
+            self.batch_invariant,
+            policy.miss if policy else "static",
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Shape and scheme, for printing."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
+        # A cast of the model's dtype must not touch scales: as int32 they only change device.
+        for name in FP32_BUFFERS:
+            setattr(self, name, getattr(self, name).view(torch.int32))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in FP32_BUFFERS:
+            setattr(self, name, getattr(self, name).view(torch.float32))
+        return self

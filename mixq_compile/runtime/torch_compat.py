@@ -1,0 +1,71 @@
+"""Every touch of a private torch name, one small function each; tests/runtime/test_torch_compat.py guards them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+
+def register_attribute_sources(module: GraphModule, names: Sequence[str]) -> None:
+    """Gives attributes that a backend added to Dynamo's graph module a source.
+
+    Without one, AOTAutograd fails with `<name> not found in param_name_to_source`.
+    """
+    from torch._dynamo.source import AttrSource, LocalSource
+
+    sources = getattr(module, "_param_name_to_source", None)
+    if sources is None:
+        return
+    for name in names:
+        sources[name] = AttrSource(LocalSource("__mixq"), name)
+
+
+def copy_attribute_sources(module: GraphModule, copy: GraphModule) -> None:
+    """Gives a copy of Dynamo's graph module what AOTAutograd looks for on the original."""
+    sources = getattr(module, "_param_name_to_source", None)
+    if sources is not None:
+        copy._param_name_to_source = dict(sources)  # type: ignore[assignment]
+
+
+def inductor(module: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Compiles with AOTAutograd and Inductor under these configuration patches."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+
+
+def aot_eager(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Traces with AOTAutograd and runs the result operator by operator: no code generation."""
+    from torch._dynamo.backends.debugging import aot_eager as backend
+
+    return backend(module, list(example_inputs))  # type: ignore[no-any-return]
+
+
+def mode_patches(mode: str) -> dict[str, Any]:
+    """Inductor's configuration for a `torch.compile` mode. Raises KeyError for an unknown mode."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options()[mode])
+
+
+def mode_names() -> tuple[str, ...]:
+    """The modes that `torch.compile` knows."""
+    from torch._inductor import list_mode_options
+
+    return tuple(list_mode_options())
+
+
+def freezing_is_on() -> bool:
+    """True where the user asked Inductor to bake parameters into the compiled code."""
+    import torch._inductor.config as inductor_config
+
+    return bool(inductor_config.freezing)
+
+
+def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
+    """Changes when a tensor was written in place or given other storage."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version
