@@ -107,7 +107,9 @@ def _without_unread_parameters(graph: CapturedGraph, owned: Iterable[Node]) -> G
     kept.output(map_arg(graph.graph.output_node().args[0], copies.__getitem__))
     for node in owned:
         if not node.users:
-            kept.erase_node(copies[node])
+            kept.erase_node(copies.pop(node))
+    for node, copy in copies.items():
+        torch_compat.copy_node_source(node, copy)
     module = GraphModule(graph.module, kept)
     module.meta = graph.module.meta
     torch_compat.copy_attribute_sources(graph.module, module)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 
 def register_attribute_sources(module: GraphModule, names: Sequence[str]) -> None:
@@ -28,6 +28,13 @@ def copy_attribute_sources(module: GraphModule, copy: GraphModule) -> None:
     sources = getattr(module, "_param_name_to_source", None)
     if sources is not None:
         copy._param_name_to_source = dict(sources)  # type: ignore[assignment]
+
+
+def copy_node_source(node: Node, copy: Node) -> None:
+    """Gives the copy of a placeholder the source that AOTAutograd asks it for."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is not None:
+        copy._dynamo_source = source  # type: ignore[attr-defined]
 
 
 def inductor(module: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
