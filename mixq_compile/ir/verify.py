@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -130,9 +131,21 @@ def _may_be_equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
 def describe(value: Any) -> str:
     """A value in a line: `float32[2, s0, 64]`, `(int8[4, 8], float32[4])`, `s0`."""
     if isinstance(value, Tensor):
-        sizes = ", ".join(str(size) for size in value.shape)
+        sizes = ", ".join([str(size) if isinstance(size, int) else _size_name(size) for size in value.shape])
         text = f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
         return text if value.device.type == "cpu" else f"{text} {value.device}"
+    if isinstance(value, torch.SymInt):
+        return _size_name(value)
     if isinstance(value, (tuple, list)):
         return f"({', '.join(describe(item) for item in value)})"
     return "" if value is None else str(value)
+
+
+def _size_name(size: torch.SymInt) -> str:
+    return _expression_name(size.node.expr)
+
+
+@functools.lru_cache(maxsize=4096)
+def _expression_name(expression: Any) -> str:
+    """Printing a symbolic size takes longer than all else in a snapshot, and a graph has few of them."""
+    return str(expression)

@@ -57,10 +57,10 @@ def mixq_backend(
         if chosen.on_error != "fallback":
             raise
         log.exception("a pass failed, and on_error is 'fallback': this graph is compiled unquantized")
-        record(chosen, None, (), fallback=f"{type(error).__name__}: {error}")
+        record(chosen, None, (), parameters.values(), fallback=f"{type(error).__name__}: {error}")
         return CompiledGraph(CapturedGraph.from_dynamo(module, example_inputs), example_inputs, chosen)
     linears = linear_records(graph)
-    compilation = record(chosen, history, linears)
+    compilation = record(chosen, history, linears, parameters.values())
     _warn_if_idle(compilation.number, [linear.skip for linear in linears if linear.scheme is None], len(linears))
     compiled = CompiledGraph(graph, example_inputs, chosen)
     if chosen.release_weights:

@@ -46,6 +46,8 @@ class Compilation:
     history: History | None
     """None where a pass failed and the graph was compiled unquantized."""
     linears: tuple[LinearRecord, ...]
+    parameters: tuple[weakref.ref[Tensor], ...] = field(repr=False, compare=False)
+    """Every parameter and buffer that the graph reads."""
     fallback: str | None = None
     """The error that made the backend compile the graph unquantized; None usually."""
 
@@ -59,24 +61,26 @@ def record(
     options: MixqOptions,
     history: History | None,
     linears: Iterable[LinearRecord],
+    parameters: Iterable[Tensor],
     fallback: str | None = None,
 ) -> Compilation:
     """Keeps one compilation for later reports."""
-    made = Compilation(next(_numbers), options, history, tuple(linears), fallback)
+    references = tuple(weakref.ref(parameter) for parameter in parameters)
+    made = Compilation(next(_numbers), options, history, tuple(linears), references, fallback)
     _COMPILATIONS.append(made)
     del _COMPILATIONS[:-_MOST_KEPT]
     return made
 
 
-def compilations_of(parameters: Iterable[Tensor]) -> list[Compilation]:
-    """The compilations that saw a linear with one of these parameters, oldest first."""
-    wanted = {id(parameter) for parameter in parameters}
+def compilations_of(tensors: Iterable[Tensor]) -> list[Compilation]:
+    """The compilations that read one of these parameters or buffers, oldest first."""
+    wanted = {id(tensor) for tensor in tensors}
 
-    def sees(compilation: Compilation) -> bool:
-        weights = (record.weight() for record in compilation.linears if record.weight is not None)
-        return any(weight is not None and id(weight) in wanted for weight in weights)
+    def reads(compilation: Compilation) -> bool:
+        alive = (reference() for reference in compilation.parameters)
+        return any(tensor is not None and id(tensor) in wanted for tensor in alive)
 
-    return [compilation for compilation in _COMPILATIONS if sees(compilation)]
+    return [compilation for compilation in _COMPILATIONS if reads(compilation)]
 
 
 _SWAPPED: weakref.WeakKeyDictionary[nn.Module, tuple[LinearRecord, ...]] = weakref.WeakKeyDictionary()

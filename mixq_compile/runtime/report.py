@@ -153,7 +153,7 @@ def report(model: nn.Module) -> Report:
     model has not run yet (the backend works at the first call).
     """
     inner: nn.Module = getattr(model, "_orig_mod", model)
-    compilations = compilations_of(inner.parameters())
+    compilations = compilations_of([*inner.parameters(), *inner.buffers()])
     rows: dict[str, LinearReport] = {}
     for record in swapped_linears(inner):
         module = inner.get_submodule(record.fqn)
@@ -162,8 +162,9 @@ def report(model: nn.Module) -> Report:
         )
     for compilation in compilations:
         for record in compilation.linears:
+            alive = record.weight is not None and record.weight() is not None
             known = rows.get(record.fqn)
-            if known is None or known.scheme is None or record.scheme is not None:
+            if alive and (known is None or known.scheme is None or record.scheme is not None):
                 rows[record.fqn] = _from_record(record)
     made = Report(
         linears=tuple(rows.values()),
