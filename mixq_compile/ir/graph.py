@@ -58,6 +58,7 @@ class CapturedGraph:
         self._attribute_of: dict[int, str] = {}
         self._reader_of: dict[str, Node] = {}
         self._end_of_inputs: Node | None = None
+        self._confirmed: dict[Node, tuple[Any, ...]] = {}
         self._roots = {
             names.split_source(source)[0]
             for node in module.graph.nodes
@@ -122,6 +123,22 @@ class CapturedGraph:
         if not self.has_value(node):
             raise UnknownValueError(f"the value of %{node.name} is not known")
         return self.value(node)
+
+    def confirm(self, node: Node) -> None:
+        """Notes that a node's recorded value is what its operator gives for its inputs' values."""
+        self._confirmed[node] = self._evidence(node)
+
+    def is_confirmed(self, node: Node) -> bool:
+        """True where that was noted, and neither the call nor any of these values has changed since."""
+        noted = self._confirmed.get(node)
+        if noted is None:
+            return False
+        evidence = self._evidence(node)
+        return len(noted) == len(evidence) and all(map(operator.is_, noted, evidence))
+
+    def _evidence(self, node: Node) -> tuple[Any, ...]:
+        inputs = (self.value(source) for source in node.all_input_nodes)
+        return node.target, node.args, node.kwargs, self.value(node), *inputs
 
     @property
     def fake_mode(self) -> FakeTensorMode:
@@ -273,6 +290,7 @@ class CapturedGraph:
         if custom is not None:
             node.meta["custom"] = copy.deepcopy(dict(custom))
         self.set_value(node, value)
+        self.confirm(node)
         return node
 
     def getitem(self, node: Node, index: int) -> Node:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from mixq_compile.ir import names
 from mixq_compile.ir.annotations import Annotations
@@ -54,7 +53,14 @@ class Snapshot:
     @classmethod
     def of(cls, graph: CapturedGraph) -> Snapshot:
         """The snapshot of a graph as it is now."""
-        return cls(tuple(row_of(graph, node) for node in graph.graph.nodes))
+        return cls(tuple([row_of(graph, node) for node in graph.graph.nodes]))
+
+    def updated(self, graph: CapturedGraph, touched: Collection[Node]) -> Snapshot:
+        """The snapshot of the same graph now, where only these nodes are new or changed."""
+        known = self.by_name
+        return Snapshot(
+            tuple([row_of(graph, n) if n in touched else known[n.name] for n in graph.graph.nodes])
+        )
 
     @functools.cached_property
     def by_name(self) -> dict[str, NodeRow]:
@@ -112,8 +118,9 @@ def _argument(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {_argument(item)}" for key, item in value.items()) + "}"
     if isinstance(value, slice):
-        return str(map_arg(value, _argument))
-    return value if isinstance(value, str) and value.startswith("%") else repr(value)
+        parts = (value.start, value.stop, value.step)
+        return f"slice({', '.join(_argument(part) for part in parts)})"
+    return repr(value)
 
 
 def row_of(graph: CapturedGraph, node: Node) -> NodeRow:

@@ -86,7 +86,7 @@ def _value(graph: CapturedGraph, node: Node) -> str | None:
         return _difference(recorded, held) if isinstance(held, Tensor) and recorded is not None else None
     if node.op not in ("call_function", "call_method") or recorded is None or is_in_place(node):
         return None
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or graph.is_confirmed(node):
         return None
     try:
         computed = evaluate(node.target, node.args, node.kwargs, graph.known_value, graph.fake_mode)
@@ -96,7 +96,10 @@ def _value(graph: CapturedGraph, node: Node) -> str | None:
         if isinstance(error.__cause__, DATA_DEPENDENT):
             return None
         return f"its operator refuses its inputs: {type(error).__name__}: {_first_line(error)}"
-    return _difference(recorded, computed)
+    difference = _difference(recorded, computed)
+    if difference is None:
+        graph.confirm(node)
+    return difference
 
 
 def _first_line(error: BaseException) -> str:

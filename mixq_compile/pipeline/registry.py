@@ -87,8 +87,9 @@ def option_types(kind: type[Pass]) -> dict[str, OptionType]:
 def check_pass(kind: type[Pass], name: str, source: str) -> None:
     """Raises PipelineError for a class that is no valid pass of this name."""
     where = f"{source}: {kind.__qualname__}"
-    if getattr(kind, "name", None) != name or not _KEBAB.fullmatch(name):
-        raise PipelineError(f"{where} must be named {name!r}, in kebab-case; it says {kind.name!r}.")
+    given = getattr(kind, "name", None)
+    if given != name or not _KEBAB.fullmatch(name):
+        raise PipelineError(f"{where} must be named {name!r}, in kebab-case; it says {given!r}.")
     parameters = getattr(kind, "__dataclass_params__", None)
     if "__dataclass_fields__" not in vars(kind) or not getattr(parameters, "frozen", False):
         raise PipelineError(f"{where} must be decorated with @dataclass(frozen=True).")

@@ -44,7 +44,7 @@ def run_passes(
         changes = before.changes(graph)
         _stamp_origin(step, changes)
         if current is not None and changes:
-            after = Snapshot.of(graph)
+            after = current.updated(graph, {*changes.created, *changes.changed})
             record = replace(record, diff=GraphDiff.between(current, after))
             current = after
         elif current is not None:

@@ -154,6 +154,7 @@ def report(model: nn.Module) -> Report:
     """
     inner: nn.Module = getattr(model, "_orig_mod", model)
     compilations = compilations_of([*inner.parameters(), *inner.buffers()])
+    owned = {id(parameter) for parameter in inner.parameters()}
     rows: dict[str, LinearReport] = {}
     for record in swapped_linears(inner):
         module = inner.get_submodule(record.fqn)
@@ -162,9 +163,9 @@ def report(model: nn.Module) -> Report:
         )
     for compilation in compilations:
         for record in compilation.linears:
-            alive = record.weight is not None and record.weight() is not None
+            weight = record.weight() if record.weight is not None else None
             known = rows.get(record.fqn)
-            if alive and (known is None or known.scheme is None or record.scheme is not None):
+            if id(weight) in owned and (known is None or known.scheme is None or record.scheme is not None):
                 rows[record.fqn] = _from_record(record)
     made = Report(
         linears=tuple(rows.values()),
