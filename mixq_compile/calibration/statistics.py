@@ -1,0 +1,282 @@
+"""What calibration learned about each linear's input: values, look-ups, and one file on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixq_compile.errors import OptionError, StatisticsError
+
+SCHEMA_VERSION = 1
+NAMES_SHOWN = 5
+"""Most names that a message lists."""
+TENSOR_FIELDS = {
+    "absmax": torch.float32,
+    "mean_magnitude": torch.float32,
+    "mean_square": torch.float32,
+    "rows_above": torch.int64,
+}
+"""The tensors of a `LinearStatistics`, in the order in which they are hashed."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearStatistics:
+    """What the input `[rows, K]` of one linear looked like over all finite rows of calibration."""
+
+    fqn: str
+    absmax: Tensor
+    """[K] fp32, on the CPU like all tensors here: the largest magnitude of each input channel."""
+    mean_magnitude: Tensor
+    """[K] fp32: the mean of |x|."""
+    mean_square: Tensor
+    """[K] fp32: the mean of x², the diagonal of the second moment XᵀX / rows."""
+    rows: int
+    """Finite rows (tokens) seen; the means are over these."""
+    nonfinite_rows: int
+    """Rows left out because they held a NaN or an infinity."""
+    rows_above: Tensor
+    """[T, K] int64: rows whose magnitude was above each of the T thresholds."""
+
+    @property
+    def in_features(self) -> int:
+        """K, the number of input channels."""
+        return self.absmax.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationStats:
+    """The statistics of all linears of one model, by name; made by `calibrate`.
+
+    Names are found under other prefixes too: `model.model.layers.0.fc` where a wrapper was around
+    the model, `layers.0.fc` where only a part of it was captured.
+
+        >>> stats = CalibrationStats.load("stats.safetensors")
+        >>> stats.outlier_columns("model.layers.0.mlp.down_proj", threshold=6.0)
+        [17, 401]
+        >>> stats["model.layers.0.mlp.down_proj"].absmax.shape
+        torch.Size([1024])
+    """
+
+    linears: Mapping[str, LinearStatistics]
+    never_run: tuple[str, ...]
+    """Linears of the model that no batch reached: they have no statistics."""
+    thresholds: tuple[float, ...]
+    """Magnitudes that `rows_above` counts; the first is the default of `outlier_columns`."""
+    model_class: str
+    dtype: str
+    """The model's dtype during calibration, for example `float32`."""
+    package_version: str
+
+    @property
+    def total_rows(self) -> int:
+        """Finite rows of the linear that saw most of them: in a language model, the tokens run."""
+        return max((entry.rows for entry in self.linears.values()), default=0)
+
+    def __len__(self) -> int:
+        return len(self.linears)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.linears)
+
+    def __contains__(self, fqn: object) -> bool:
+        return isinstance(fqn, str) and self.find(fqn) is not None
+
+    def __getitem__(self, fqn: str) -> LinearStatistics:
+        """The statistics of this linear. Raises StatisticsError where there are none."""
+        found = self.find(fqn)
+        if found is None:
+            why = "it never ran during calibration" if fqn in self.never_run else "no such linear was seen"
+            raise StatisticsError(
+                f"no statistics of linear {fqn!r}: {why}. They are of {len(self)} linears of "
+                f"{self.model_class}, such as {_listed(self.linears)}. Calibrate this model."
+            )
+        return found
+
+    def find(self, fqn: str) -> LinearStatistics | None:
+        """The statistics of this linear, None where there are none.
+
+        An exact name wins; else the longest common suffix, at a dot, that is one of the two names in
+        full. Raises StatisticsError where several linears match equally well.
+        """
+        name = self._resolve(fqn)
+        return None if name is None else self.linears.get(name)
+
+    def outlier_columns(
+        self,
+        fqn: str,
+        threshold: float | None = None,
+        count: int | None = None,
+        limit_share: float | None = None,
+    ) -> list[int]:
+        """The input channels of a linear to keep in 16 bit, ascending.
+
+        Args:
+            fqn: the linear's name, found as by `find`.
+            threshold: takes the columns whose absmax is above this. Where neither this nor `count` is
+                given, the first calibrated threshold.
+            count: takes so many columns at most, those of largest absmax; of equals, the lowest column.
+            limit_share: caps the columns at `floor(limit_share * K)`, again keeping the largest.
+
+        Raises:
+            StatisticsError: there are no statistics of this linear.
+            OptionError: `threshold`, `count` or `limit_share` is out of range.
+        """
+        absmax = self[fqn].absmax
+        channels = absmax.shape[0]
+        if threshold is None and count is None:
+            threshold = self.thresholds[0]
+        if threshold is not None and (math.isnan(threshold) or threshold <= 0):
+            raise OptionError(f"threshold must be above 0, not {threshold}.")
+        if count is not None and count < 0:
+            raise OptionError(f"count must be 0 or more columns, not {count}.")
+        if limit_share is not None and not 0 < limit_share <= 1:
+            raise OptionError(
+                f"limit_share must be a share of the columns above 0 and up to 1, not {limit_share}."
+            )
+        most = channels if count is None else min(count, channels)
+        if limit_share is not None:
+            # 0.29 * 100 is a little less than 29 in binary.
+            most = min(most, math.floor(limit_share * channels + 1e-9))
+        order = torch.sort(absmax, descending=True, stable=True).indices
+        if threshold is not None:
+            order = order[absmax[order] > threshold]
+        return sorted(order[:most].tolist())
+
+    def check_model(
+        self, names_and_shapes: Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
+    ) -> tuple[str, ...]:
+        """Checks that the statistics are those of a model with these linears.
+
+        Statistics of further linears are allowed: a captured graph may hold a part of the model.
+
+            >>> for note in stats.check_model(linear_shapes(model)):
+            ...     print(note)
+
+        Args:
+            names_and_shapes: name and logical shape (N, K) of each linear.
+
+        Returns:
+            One note for each linear that the calibrated model had but never ran.
+
+        Raises:
+            StatisticsError: a linear is unknown, or has another K; names up to five of them.
+        """
+        pairs = names_and_shapes.items() if isinstance(names_and_shapes, Mapping) else names_and_shapes
+        shapes = dict(pairs)
+        resolved = {fqn: self._resolve(fqn) for fqn in shapes}
+        readers = Counter(resolved.values())
+        notes: list[str] = []
+        differing: list[str] = []
+        for fqn, shape in shapes.items():
+            name = resolved[fqn]
+            entry = None if name is None else self.linears.get(name)
+            if name is None:
+                differing.append(f"{fqn}: not among the calibrated linears")
+            elif readers[name] > 1:
+                differing.append(f"{fqn}: shares the calibrated name {name!r} with another linear")
+            elif entry is None:
+                notes.append(f"{fqn} never ran during calibration and has no statistics")
+            elif entry.in_features != shape[-1]:
+                differing.append(f"{fqn}: K is {shape[-1]}, calibrated with {entry.in_features}")
+        if differing:
+            rest = len(differing) - NAMES_SHOWN
+            more = f"; and {rest} more" if rest > 0 else ""
+            raise StatisticsError(
+                f"the statistics belong to another model: {len(differing)} of {len(shapes)} linears differ "
+                f"from the calibrated {self.model_class}. {'; '.join(differing[:NAMES_SHOWN])}{more}. "
+                "Calibrate this model, or load the statistics that belong to it."
+            )
+        return tuple(notes)
+
+    def sha256(self) -> str:
+        """The hash of what the statistics say: names, thresholds, counts and numbers.
+
+        Equal on every machine and for every file layout; the package version and the model's class,
+        which change no result, do not enter.
+        """
+        facts = {
+            "schema_version": SCHEMA_VERSION,
+            "thresholds": self.thresholds,
+            "never_run": sorted(self.never_run),
+            "linears": [
+                (fqn, self.linears[fqn].rows, self.linears[fqn].nonfinite_rows)
+                for fqn in sorted(self.linears)
+            ],
+        }
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for fqn in sorted(self.linears):
+            for field in TENSOR_FIELDS:
+                tensor: Tensor = getattr(self.linears[fqn], field).contiguous()
+                digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file with JSON metadata, whole or not at all.
+
+        Raises StatisticsError where the file cannot be written.
+        """
+        # Here and in load, because statistics_file imports this module.
+        from mixq_compile.calibration import statistics_file
+
+        statistics_file.write(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> CalibrationStats:
+        """The statistics that `save` wrote, bit for bit.
+
+        Raises StatisticsError where the file is missing, damaged, no statistics, or of another
+        schema version.
+        """
+        from mixq_compile.calibration import statistics_file
+
+        return statistics_file.read(Path(path))
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset((*self.linears, *self.never_run))
+
+    @cached_property
+    def _names_by_suffix(self) -> dict[str, list[str]]:
+        by_suffix: dict[str, list[str]] = defaultdict(list)
+        for name in self._names:
+            for suffix in _suffixes(name):
+                by_suffix[suffix].append(name)
+        return dict(by_suffix)
+
+    def _resolve(self, fqn: str) -> str | None:
+        """The calibrated name that this one stands for."""
+        if fqn in self._names:
+            return fqn
+        longer = self._names_by_suffix.get(fqn, [])
+        if len(longer) > 1:
+            raise StatisticsError(
+                f"the name {fqn!r} is ambiguous in the statistics of {self.model_class}: it ends "
+                f"{_listed(sorted(longer))}. Use a longer name."
+            )
+        if longer:
+            return longer[0]
+        for suffix in _suffixes(fqn):
+            if suffix in self._names:
+                return suffix
+        return None
+
+
+def _suffixes(name: str) -> Iterator[str]:
+    """The name itself and what follows each of its dots, longest first."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        yield ".".join(parts[start:])
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in list(names)[:NAMES_SHOWN])

@@ -1,0 +1,18 @@
+"""Evaluation: how far a quantized model is from the original one."""
+
+from mixq_compile.evaluation.fidelity import mean_cosine, relative_error, sqnr
+from mixq_compile.evaluation.generation import GenerationComparison, compare_generation, generate_text
+from mixq_compile.evaluation.perplexity import PerplexityResult, perplexity
+from mixq_compile.evaluation.protocols import PROTOCOLS
+
+__all__ = [
+    "PROTOCOLS",
+    "GenerationComparison",
+    "PerplexityResult",
+    "compare_generation",
+    "generate_text",
+    "mean_cosine",
+    "perplexity",
+    "relative_error",
+    "sqnr",
+]
