@@ -25,8 +25,8 @@ Origin = Literal["dynamo", "export"]
 INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
 """What a node that a pass makes takes over from the node it stands for, beside its annotations."""
 
-LINEAR_MODULES = frozenset({"Linear", "NonDynamicallyQuantizableLinear", "Conv1D"})
-"""Modules that do nothing but one linear; Conv1D is GPT-2's."""
+LINEAR_MODULES = ("Linear", "Conv1D")
+"""How the class of a module ends that does nothing but one linear; Conv1D is GPT-2's."""
 
 
 class CapturedGraph:
@@ -53,17 +53,19 @@ class CapturedGraph:
         self.origin = origin
         self.attached = {}
         self.current = None
-        self._inputs = dict(inputs or {})
         self._fake_mode: FakeTensorMode | None = None
         self._attribute_of: dict[int, str] = {}
         self._reader_of: dict[str, Node] = {}
         self._end_of_inputs: Node | None = None
         self._confirmed: dict[Node, tuple[Any, ...]] = {}
-        self._roots = {
-            names.split_source(source)[0]
+        # Dynamo takes the sources out of the metadata again when the backend returns.
+        self._sources: dict[str, str] = {
+            node.name: source
             for node in module.graph.nodes
             if (source := names.source_text(node)) is not None and names.is_owned_tensor(source)
         }
+        self._tensors = {name: inputs[name] for name in self._sources} if inputs else {}
+        self._roots = {names.split_source(source)[0] for source in self._sources.values()}
 
     @classmethod
     def from_dynamo(cls, module: GraphModule, example_inputs: Sequence[Any]) -> CapturedGraph:
@@ -159,12 +161,7 @@ class CapturedGraph:
         if node.op == "get_attr":
             found = self.attribute(str(node.target))
             return found if isinstance(found, Tensor) else None
-        if node.op == "placeholder":
-            source = names.source_text(node)
-            given = self._inputs.get(node.name)
-            if source is not None and names.is_owned_tensor(source) and isinstance(given, Tensor):
-                return given
-        return None
+        return self._tensors.get(node.name) if node.op == "placeholder" else None
 
     def attribute(self, target: str) -> Any:
         """What a dotted attribute name of the module names; None where nothing does."""
@@ -200,15 +197,13 @@ class CapturedGraph:
         """The name of the parameter or buffer that a node stands for; empty for anything else."""
         if node.op == "get_attr":
             return names.normalise_fqn(str(node.target))
-        source = names.source_text(node)
-        if node.op == "placeholder" and source is not None and names.is_owned_tensor(source):
-            return self._qualified(source)
-        return ""
+        source = self._sources.get(node.name) if node.op == "placeholder" else None
+        return self._qualified(source) if source is not None else ""
 
     def owner_is_linear(self, node: Node) -> bool:
         """True where the module that a call belongs to is a linear: routers and functional uses are not."""
         kind = names.module_type(node)
-        return kind is not None and kind.rpartition(".")[2] in LINEAR_MODULES
+        return kind is not None and kind.endswith(LINEAR_MODULES)
 
     def weight_parameter(self, node: Any) -> Node | None:
         """The parameter behind a weight or its transpose; None for a weight that is computed."""
