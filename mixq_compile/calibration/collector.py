@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import math
 import warnings
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixq_compile import __version__
 from mixq_compile.calibration.accumulator import ChannelAccumulator
 from mixq_compile.calibration.statistics import NAMES_SHOWN, CalibrationStats, LinearStatistics
 from mixq_compile.errors import MixqError, OptionError
@@ -159,6 +159,8 @@ def _hook(
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         activation = args[0] if args else next(iter(kwargs.values()))
+        if activation.shape[-1] != channels:
+            return  # The linear is about to raise the error that names the shapes.
         if module not in accumulators:
             accumulators[module] = ChannelAccumulator(channels, thresholds, activation.device)
         accumulators[module].add(activation)
@@ -235,7 +237,7 @@ def _statistics(
         thresholds=thresholds,
         model_class=_model_class(model),
         dtype=str(first.dtype).removeprefix("torch."),
-        package_version=_package_version(),
+        package_version=__version__,
     )
 
 
@@ -278,10 +280,3 @@ def _some(names: list[str]) -> str:
 def _model_class(model: nn.Module) -> str:
     inner = getattr(model, "_orig_mod", model)
     return f"{type(inner).__module__}.{type(inner).__qualname__}"
-
-
-def _package_version() -> str:
-    try:
-        return importlib.metadata.version("mixq-compile")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -122,8 +122,8 @@ class CalibrationStats:
 
         Args:
             fqn: the linear's name, found as by `find`.
-            threshold: takes the columns whose absmax is above this. Where neither this nor `count` is
-                given, the first calibrated threshold.
+            threshold: takes the columns whose absmax is above this, rounded to fp32 as in the kernels.
+                Where neither this nor `count` is given, the first calibrated threshold.
             count: takes so many columns at most, those of largest absmax; of equals, the lowest column.
             limit_share: caps the columns at `floor(limit_share * K)`, again keeping the largest.
 
@@ -153,7 +153,8 @@ class CalibrationStats:
         return sorted(order[:most].tolist())
 
     def check_model(
-        self, names_and_shapes: Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
+        self,
+        names_and_shapes: Mapping[str, int | Sequence[int]] | Iterable[tuple[str, int | Sequence[int]]],
     ) -> tuple[str, ...]:
         """Checks that the statistics are those of a model with these linears.
 
@@ -163,7 +164,7 @@ class CalibrationStats:
             ...     print(note)
 
         Args:
-            names_and_shapes: name and logical shape (N, K) of each linear.
+            names_and_shapes: name of each linear, with its logical shape (N, K) or K alone.
 
         Returns:
             One note for each linear that the calibrated model had but never ran.
@@ -172,12 +173,12 @@ class CalibrationStats:
             StatisticsError: a linear is unknown, or has another K; names up to five of them.
         """
         pairs = names_and_shapes.items() if isinstance(names_and_shapes, Mapping) else names_and_shapes
-        shapes = dict(pairs)
-        resolved = {fqn: self._resolve(fqn) for fqn in shapes}
+        channels = {fqn: shape if isinstance(shape, int) else shape[-1] for fqn, shape in pairs}
+        resolved = {fqn: self._resolve(fqn) for fqn in channels}
         readers = Counter(resolved.values())
         notes: list[str] = []
         differing: list[str] = []
-        for fqn, shape in shapes.items():
+        for fqn, in_features in channels.items():
             name = resolved[fqn]
             entry = None if name is None else self.linears.get(name)
             if name is None:
@@ -186,13 +187,13 @@ class CalibrationStats:
                 differing.append(f"{fqn}: shares the calibrated name {name!r} with another linear")
             elif entry is None:
                 notes.append(f"{fqn} never ran during calibration and has no statistics")
-            elif entry.in_features != shape[-1]:
-                differing.append(f"{fqn}: K is {shape[-1]}, calibrated with {entry.in_features}")
+            elif entry.in_features != in_features:
+                differing.append(f"{fqn}: K is {in_features}, calibrated with {entry.in_features}")
         if differing:
             rest = len(differing) - NAMES_SHOWN
             more = f"; and {rest} more" if rest > 0 else ""
             raise StatisticsError(
-                f"the statistics belong to another model: {len(differing)} of {len(shapes)} linears differ "
+                f"the statistics belong to another model: {len(differing)} of {len(channels)} linears differ "
                 f"from the calibrated {self.model_class}. {'; '.join(differing[:NAMES_SHOWN])}{more}. "
                 "Calibrate this model, or load the statistics that belong to it."
             )
