@@ -15,7 +15,9 @@ ROUTES = ("dynamo", "export")
 
 def capture(module: Any, *args: Any, route: str, dynamic: bool = False, **kwargs: Any) -> CapturedGraph:
     """The graph of a call, by one of the two routes; `dynamic`: its first dimension is symbolic."""
-    return {"dynamo": capture_dynamo, "export": capture_export}[route](module, *args, dynamic=dynamic, **kwargs)
+    return {"dynamo": capture_dynamo, "export": capture_export}[route](
+        module, *args, dynamic=dynamic, **kwargs
+    )
 
 
 def capture_dynamo(module: Any, *args: Any, dynamic: bool = False, **kwargs: Any) -> CapturedGraph:
@@ -36,7 +38,9 @@ def capture_export(module: nn.Module, *args: Any, dynamic: bool = False, **kwarg
     shapes = {0: torch.export.Dim.DYNAMIC} if dynamic else None
     dynamic_shapes = tuple(shapes for _ in args) if not kwargs else None
     with torch.no_grad():
-        return CapturedGraph.from_export(torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes))
+        return CapturedGraph.from_export(
+            torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+        )
 
 
 class TwoLayers(nn.Module):

@@ -13,19 +13,34 @@ _INPLACE_OPERATORS = frozenset(
     if name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
 ) - {operator.index, operator.invert, operator.inv}
 
+_RESHAPING = frozenset(
+    {"as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_"}
+    | {"transpose_", "unsqueeze_"}
+)
+
+
+def is_reshaped_later(node: Node) -> bool:
+    """True where a call changes the shape of a node's value in place: its record shows the last shape."""
+    return any(reader.args[:1] == (node,) and _name(reader) in _RESHAPING for reader in node.users)
+
+
+def _name(node: Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
 
 def is_in_place(node: Node) -> bool:
     """True for a call that may change shape or contents of an argument, so that it runs only once."""
     if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") or name == "__setitem__"
+        return _name(node).endswith("_") or _name(node) == "__setitem__"
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.namespace == "aten" and node.target._schema.is_mutable
     if node.target in _INPLACE_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace") is True:
         return True
-    return getattr(node.target, "__name__", "").endswith("_")
+    return _name(node).endswith("_")
 
 
 def has_effect(node: Node) -> bool:

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_flatten
 
 from mixq_compile.ir.annotations import as_json
-from mixq_compile.ir.effects import is_in_place
+from mixq_compile.ir.effects import is_in_place, is_reshaped_later
 from mixq_compile.ir.evaluate import UnknownValueError, evaluate
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import hint_of
@@ -87,6 +87,8 @@ def _value(graph: CapturedGraph, node: Node) -> str | None:
     if node.op not in ("call_function", "call_method") or recorded is None or is_in_place(node):
         return None
     if isinstance(node.target, torch._ops.HigherOrderOperator) or graph.is_confirmed(node):
+        return None
+    if any(is_reshaped_later(known) for known in (node, *node.all_input_nodes)):
         return None
     try:
         computed = evaluate(node.target, node.args, node.kwargs, graph.known_value, graph.fake_mode)

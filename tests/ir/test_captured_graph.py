@@ -65,7 +65,7 @@ class TestTensors:
     def test_weights_and_buffers_are_the_models_own_tensors(self, route: str) -> None:
         model = TwoLayers()
         graph = capture(model, torch.randn(2, 8), route=route)
-        first, second = linears(graph)
+        first, _ = linears(graph)
         assert graph.tensor(first.args[1]) is model.first.weight
         assert graph.tensor(first.args[2]) is model.first.bias
         offset = next(node for node in graph.graph.nodes if graph.parameter_name(node) == "offset")
