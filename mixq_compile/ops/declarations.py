@@ -9,6 +9,7 @@ in use, so that `OutlierState.counters` can stand for it. The last argument, `ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from torch import Tensor
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import declare, run
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
+
+
+LAYOUT = (torch.Tag.flexible_layout,)
+"""Kernels take inputs of any strides; without this tag Inductor copies an input for each of its readers."""
 
 
 def _codes_like(x: Tensor) -> Tensor:
@@ -28,7 +33,7 @@ def _quantized_like(x: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     return _codes_like(x), scale, x.new_empty((*x.shape[:-1], capacity))
 
 
-@torch.library.custom_op("mixq::quantize", mutates_args=())
+@torch.library.custom_op("mixq::quantize", mutates_args=(), tags=LAYOUT)
 def quantize(
     x: Tensor,
     index: Tensor,
@@ -47,11 +52,11 @@ def quantize(
 
 
 @quantize.register_fake
-def _(x, index, column_slot, count, bits, small_m, kernel):  # type: ignore[no-untyped-def]
+def _(x: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _quantized_like(x, index.shape[0])
 
 
-@torch.library.custom_op("mixq::quantize_online", mutates_args=STATE_FIELDS)
+@torch.library.custom_op("mixq::quantize_online", mutates_args=STATE_FIELDS, tags=LAYOUT)
 def quantize_online(
     x: Tensor,
     index: Tensor,
@@ -75,12 +80,12 @@ def quantize_online(
 
 
 @quantize_online.register_fake
-def _(x, index, column_slot, column_max, counters, effective_threshold, bits, miss, small_m, kernel):  # type: ignore[no-untyped-def]
-    return *_quantized_like(x, index.shape[0]), counters.new_empty(1)
+def _(x: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_quantized_like(x, index.shape[0]), index.new_empty(1)
 
 
 @torch.library.custom_op(
-    "mixq::refresh_outlier_weights", mutates_args=("cached_index", "outlier_weight")
+    "mixq::refresh_outlier_weights", mutates_args=("cached_index", "outlier_weight"), tags=LAYOUT
 )
 def refresh_outlier_weights(
     codes: Tensor,
@@ -110,11 +115,11 @@ def refresh_outlier_weights(
 
 
 @refresh_outlier_weights.register_fake
-def _(codes, index, count, cached_index, outlier_weight, weight_codes, weight_scale, original, small_m, kernel):  # type: ignore[no-untyped-def]
+def _(*arguments: Any) -> None:
     return None
 
 
-@torch.library.custom_op("mixq::mixed_gemm", mutates_args=())
+@torch.library.custom_op("mixq::mixed_gemm", mutates_args=(), tags=LAYOUT)
 def mixed_gemm(
     codes: Tensor,
     outliers: Tensor,
@@ -131,13 +136,15 @@ def mixed_gemm(
 
 
 @mixed_gemm.register_fake
-def _(codes, outliers, count, weight_codes, outlier_weight, kernel):  # type: ignore[no-untyped-def]
+def _(
+    codes: Tensor, outliers: Tensor, count: Tensor, weight_codes: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
     shape = (*codes.shape[:-1], weight_codes.shape[0])
     accumulator = codes.new_empty(shape, dtype=torch.int32)
     return accumulator, codes.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("mixq::dequantize", mutates_args=())
+@torch.library.custom_op("mixq::dequantize", mutates_args=(), tags=LAYOUT)
 def dequantize(
     x: Tensor,
     accumulator: Tensor,
@@ -155,11 +162,11 @@ def dequantize(
 
 
 @dequantize.register_fake
-def _(x, accumulator, outlier_product, scale, weight_scale, bias, kernel):  # type: ignore[no-untyped-def]
+def _(x: Tensor, accumulator: Tensor, *others: Any) -> Tensor:
     return x.new_empty(accumulator.shape)
 
 
-@torch.library.custom_op("mixq::mixed_linear", mutates_args=())
+@torch.library.custom_op("mixq::mixed_linear", mutates_args=(), tags=LAYOUT)
 def mixed_linear(
     x: Tensor,
     codes: Tensor,
@@ -184,11 +191,19 @@ def mixed_linear(
 
 
 @mixed_linear.register_fake
-def _(x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, small_m, kernel):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    outliers: Tensor,
+    count: Tensor,
+    weight_codes: Tensor,
+    *others: Any,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
 
 
-@torch.library.custom_op("mixq::weight_only_linear", mutates_args=())
+@torch.library.custom_op("mixq::weight_only_linear", mutates_args=(), tags=LAYOUT)
 def weight_only_linear(
     x: Tensor,
     weight_codes: Tensor,
@@ -204,7 +219,7 @@ def weight_only_linear(
 
 
 @weight_only_linear.register_fake
-def _(x, weight_codes, weight_scale, bias, kernel):  # type: ignore[no-untyped-def]
+def _(x: Tensor, weight_codes: Tensor, *others: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
 
 

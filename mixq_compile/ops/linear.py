@@ -5,10 +5,13 @@ Its schema is serialised with quantized models; the `swapped` pipeline expands i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mixq_compile.ops.declarations import (
+    LAYOUT,
     mixed_linear,
     quantize,
     quantize_online,
@@ -31,7 +34,7 @@ def small_batch_limit_of(x: Tensor, weight_codes: Tensor, batch_invariant: bool)
 
 
 @torch.library.custom_op(
-    "mixq::linear", mutates_args=(*STATE_FIELDS, "cached_index", "outlier_weight")
+    "mixq::linear", mutates_args=(*STATE_FIELDS, "cached_index", "outlier_weight"), tags=LAYOUT
 )
 def linear(
     x: Tensor,
@@ -58,13 +61,11 @@ def linear(
     compare; the one in force is in the state.
     """
     if activation_bits == 16:
-        return weight_only_linear(x, weight_codes, weight_scale, bias, AUTO)
+        return weight_only_linear(x, weight_codes, weight_scale, bias, AUTO)  # type: ignore[no-any-return]
     small_m = small_batch_limit_of(x, weight_codes, batch_invariant)
     if miss == "static" or index.shape[0] == 0:
         count = counters
-        codes, scale, outliers = quantize(
-            x, index, column_slot, counters, activation_bits, small_m, AUTO
-        )
+        codes, scale, outliers = quantize(x, index, column_slot, counters, activation_bits, small_m, AUTO)
     else:
         codes, scale, outliers, count = quantize_online(
             x, index, column_slot, column_max, counters, effective_threshold,
@@ -75,12 +76,12 @@ def linear(
             codes, index, count, [cached_index], [outlier_weight], [weight_codes], [weight_scale],
             [original], small_m, AUTO,
         )  # fmt: skip
-    return mixed_linear(
+    return mixed_linear(  # type: ignore[no-any-return]
         x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias,
         small_m, AUTO,
     )  # fmt: skip
 
 
 @linear.register_fake
-def _(x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters, effective_threshold, cached_index, outlier_weight, original, activation_bits, threshold, batch_invariant, miss):  # type: ignore[no-untyped-def]
+def _(x: Tensor, weight_codes: Tensor, *others: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))

@@ -55,6 +55,7 @@ class OutlierState:
 
     @property
     def capacity(self) -> int:
+        """C, the number of slots."""
         return self.index.shape[0]
 
     def buffers(self) -> tuple[Tensor, ...]:

@@ -59,6 +59,8 @@ class Provider:
 
 _PROVIDERS: dict[str, dict[str, Provider]] = {}
 _SIGNATURES: dict[str, tuple[str, ...]] = {}
+announced: set[tuple[str, str]] = set()
+"""Operators and devices of which it has been said that they run the slow reference."""
 
 
 def declare(op: str, function: Callable[..., Any]) -> None:
@@ -140,11 +142,11 @@ def choose(query: KernelQuery) -> Provider:
     if chosen is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise KernelError(f"no kernel for mixq::{query.op} on {query.device}: {reasons}.")
-    if refused and chosen.name == "ref":
+    place = (query.op, query.device.type)
+    if refused and chosen.name == "ref" and place not in announced:
+        announced.add(place)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        log.warning(
-            "mixq::%s on %s runs the slow reference (%s)", query.op, query.device, reasons
-        )
+        log.warning("mixq::%s on %s runs the slow reference (%s)", query.op, query.device, reasons)
     return chosen
 
 

@@ -18,7 +18,7 @@ SMALLEST_CLIP = 0.5
 
 
 def aligned_empty(leading: tuple[int, ...], columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised `[*leading, columns]` tensor of one-byte codes whose row stride is a multiple of 16."""
+    """An uninitialised `[*leading, columns]` tensor of bytes whose row stride is a multiple of 16."""
     padded = (columns + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
     return torch.empty((*leading, padded), dtype=dtype, device=device)[..., :columns]
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from mixq_compile import __version__
+
 
 def register_attribute_sources(module: GraphModule, names: Sequence[str]) -> None:
     """Gives attributes that a backend added to Dynamo's graph module a source.
@@ -38,10 +40,15 @@ def copy_node_source(node: Node, copy: Node) -> None:
 
 
 def inductor(module: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-    """Compiles with AOTAutograd and Inductor under these configuration patches."""
+    """Compiles with AOTAutograd and Inductor under these configuration patches.
+
+    Inductor's cache knows operators by name only, so this package's version goes into its key.
+    """
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    tag = f"{torch.compiler.config.cache_key_tag}mixq-compile-{__version__}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
 
 
 def aot_eager(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
