@@ -18,7 +18,6 @@ from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import declare, run
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
 
-
 LAYOUT = (torch.Tag.flexible_layout,)
 """Kernels take inputs of any strides; without this tag Inductor copies an input for each of its readers."""
 

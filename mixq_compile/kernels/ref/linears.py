@@ -58,9 +58,7 @@ def mixed_linear(
 
 
 @provider("weight_only_linear", name="ref", priority=PRIORITY, supports=supports)
-def weight_only_linear(
-    x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None
-) -> Tensor:
+def weight_only_linear(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     weight = dequantize_weight(weight_codes, weight_scale, x.shape[-1])
     result = x.float() @ weight.T
     if bias is not None:

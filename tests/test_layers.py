@@ -1,0 +1,157 @@
+"""The package's layers, read from its import statements: a module imports from its own layer and below."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "mixq_compile"
+
+BELOW: dict[str, frozenset[str]] = {}
+"""What each layer may import beside itself."""
+
+
+def _layer(names: str, below: str) -> None:
+    direct = below.split()
+    allowed = frozenset(direct).union(*(BELOW[name] for name in direct))
+    BELOW.update(dict.fromkeys(names.split(), allowed))
+
+
+_layer("errors", "")
+_layer("scheme", "errors")
+_layer("schemes", "scheme")
+_layer("ops", "scheme")
+_layer("kernels", "ops")
+_layer("ir", "ops")
+_layer("pipeline", "ir")
+_layer("passes", "pipeline")
+_layer("calibration evaluation area", "scheme ir")
+_layer("inspection", "pipeline")
+_layer("runtime", "passes calibration")
+_layer("__init__", "runtime calibration")
+_layer("cli", "__init__ kernels schemes evaluation inspection area")
+
+VERSION = "mixq_compile"
+"""`from mixq_compile import __version__` reads a constant; any other name there is the public API."""
+
+PRIVATE = {
+    "torch._dynamo": ("runtime/torch_compat.py",),
+    "torch._inductor": ("runtime/torch_compat.py",),
+    "torch._functorch": ("runtime/torch_compat.py",),
+    # Fake tensors are how shapes are known, and have no public name.
+    "torch._subclasses": ("ir/evaluate.py", "ir/graph.py", "ir/verify.py"),
+    "torch._ops": ("ir/effects.py", "ir/verify.py"),
+    # Dynamo writes torch.nn.functional.linear under its C name.
+    "torch._C": ("passes/canonicalize_linear.py",),
+    "torch.utils._pytree": ("ir/verify.py", "ir/graph.py", "runtime/export.py"),
+}
+"""Private modules of torch, and the only files that touch each; kernels are not looked at."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module of the package."""
+
+    path: Path
+    line: int
+    module: str
+
+    @property
+    def place(self) -> str:
+        return f"mixq_compile/{self.path.relative_to(PACKAGE)}:{self.line}"
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py") if parts else "__init__"
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and module of each import that runs; those for type checkers are left out."""
+    typed = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typed:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def package_imports(path: Path) -> list[Import]:
+    tree = ast.parse(path.read_text(), str(path))
+    return [
+        Import(path, line, module)
+        for line, module in imported_modules(tree)
+        if module.split(".")[0] == "mixq_compile" and module != "mixq_compile.__version__"
+    ]
+
+
+def target_layer(module: str) -> str:
+    parts = module.split(".")[1:]
+    known = (PACKAGE / parts[0]).is_dir() or (PACKAGE / f"{parts[0]}.py").is_file() if parts else False
+    return parts[0] if known else "__init__"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    own = layer_of(path.relative_to(PACKAGE).parts)
+    assert own in BELOW, f"{own} is a new layer: say in this file what it may import"
+    wrong = [
+        f"{entry.place}: {own} may not import {entry.module}; it may import {', '.join(sorted(BELOW[own]))}"
+        for entry in package_imports(path)
+        if (target := target_layer(entry.module)) != own and target not in BELOW[own]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def dotted_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    yield from imported_modules(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node)
+
+
+@pytest.mark.parametrize("private", PRIVATE)
+def test_private_names_of_torch_are_touched_only_where_listed(private: str) -> None:
+    found: dict[str, int] = {}
+    for path in sources():
+        relative = str(path.relative_to(PACKAGE))
+        if relative.startswith("kernels/"):
+            continue
+        for line, name in dotted_names(ast.parse(path.read_text())):
+            if name == private or name.startswith(f"{private}."):
+                found.setdefault(relative, line)
+    extra = {path: line for path, line in found.items() if path not in PRIVATE[private]}
+    assert not extra, f"{private} is private: touch it behind runtime/torch_compat.py, not in {extra}"
+    unused = set(PRIVATE[private]) - set(found)
+    if not private.startswith("torch._functorch"):
+        assert not unused, f"{sorted(unused)} no longer touch {private}: shorten the list in this file"
+
+
+def test_kernels_is_no_regular_package() -> None:
+    """A regular top-level package `kernels` would shadow Hugging Face's, which transformers imports."""
+    assert not (PACKAGE / "kernels" / "__init__.py").exists()
+
+
+def test_modules_stay_short() -> None:
+    long = {
+        str(path.relative_to(PACKAGE)): lines
+        for path in sources()
+        if (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert not long, f"split these modules: {long}"
