@@ -49,7 +49,9 @@ class AnnotateOutliers(Pass):
                 view.fqn, threshold=None if self.choose == "largest" else self.threshold, count=slots
             )
             largest = float(found.absmax.max())
-            reason = f"{len(columns)} of {in_features} columns, {self.choose}; the largest reaches {largest:.3g}"
+            reason = (
+                f"{len(columns)} of {in_features} columns, {self.choose}; the largest reaches {largest:.3g}"
+            )
             yield Decision.applied(node, reason, fqn=view.fqn, details={"columns": columns})
             view.outlier_columns = columns
             view.absmax = [float(found.absmax[column]) for column in columns]

@@ -53,9 +53,7 @@ class ExpandLinear(Pass):
         small_m = small_batch_limit_of(graph.value(x), graph.value(weight_codes), batch_invariant)
         fixed, _ = row_count(graph.value(x))
         if bits == 16 or (fixed is not None and fixed <= small_m):
-            return call(
-                mixq.weight_only_linear.default, x, weight_codes, weight_scale, bias, providers.AUTO
-            )
+            return call(mixq.weight_only_linear.default, x, weight_codes, weight_scale, bias, providers.AUTO)
         tail = (small_m, providers.AUTO)
         count: Any = counters
         slots = graph.value(index).shape[0]
@@ -82,5 +80,12 @@ class ExpandLinear(Pass):
         )
         accumulator, outlier_product = (graph.getitem(product, place) for place in range(2))
         return call(
-            mixq.dequantize.default, x, accumulator, outlier_product, scale, weight_scale, bias, providers.AUTO
+            mixq.dequantize.default,
+            x,
+            accumulator,
+            outlier_product,
+            scale,
+            weight_scale,
+            bias,
+            providers.AUTO,
         )

@@ -124,9 +124,7 @@ class _Rewriter:
         bits, miss = scheme.activation.bits, scheme.outliers.miss if scheme.outliers else "static"
         tail = (self.small_m, providers.AUTO)
         if miss == "static":
-            quantized = self._call(
-                mixq.quantize.default, self.x, index, column_slot, counters, bits, *tail
-            )
+            quantized = self._call(mixq.quantize.default, self.x, index, column_slot, counters, bits, *tail)
             codes, scale, outliers = (self.graph.getitem(quantized, place) for place in range(3))
             count = counters
         else:

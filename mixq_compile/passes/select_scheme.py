@@ -98,14 +98,19 @@ class SelectScheme(Pass):
             return "its weight is computed, not a parameter"
         if view.role == "router":
             return "a router, or a functional use that no nn.Linear owns"
-        if any(reader.target in (nn.functional.embedding, torch.ops.aten.embedding.default) for reader in weight.users):
+        if any(
+            reader.target in (nn.functional.embedding, torch.ops.aten.embedding.default)
+            for reader in weight.users
+        ):
             return "its weight is tied to an embedding"
         if tensor.dtype not in FLOATS:
             return f"its weight is {tensor.dtype}, not a floating-point type that has kernels"
         if graph.value(node.args[0]).dtype not in FLOATS:
             return f"its input is {graph.value(node.args[0]).dtype}"
         if min(tensor.shape) < SMALLEST_FEATURES:
-            return f"too small: {tuple(tensor.shape)}, and an integer product needs {SMALLEST_FEATURES} of each"
+            return (
+                f"too small: {tuple(tensor.shape)}, and an integer product needs {SMALLEST_FEATURES} of each"
+            )
         return None
 
     def _query(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> providers.KernelQuery:
@@ -126,7 +131,9 @@ class SelectScheme(Pass):
         """Why the linear would not be faster; None where it is, or where nothing is known."""
         query = self._query(graph, node, scheme)
         provider = (
-            providers.choose(query) if self.kernel == providers.AUTO else providers.named(query.op, self.kernel)
+            providers.choose(query)
+            if self.kernel == providers.AUTO
+            else providers.named(query.op, self.kernel)
         )
         if provider.speedup is None:
             return None
@@ -138,4 +145,3 @@ class SelectScheme(Pass):
             return None
         figures = ", ".join(f"{ratio:.2f}x at {m} rows" for m, ratio in known.items())
         return f"not faster with {provider.name}: {figures}"
-

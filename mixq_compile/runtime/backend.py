@@ -61,7 +61,9 @@ def mixq_backend(
         return CompiledGraph(CapturedGraph.from_dynamo(module, example_inputs), example_inputs, chosen)
     linears = linear_records(graph)
     compilation = record(chosen, history, linears, parameters.values())
-    _warn_if_idle(compilation.number, [linear.skip for linear in linears if linear.scheme is None], len(linears))
+    _warn_if_idle(
+        compilation.number, [linear.skip for linear in linears if linear.scheme is None], len(linears)
+    )
     compiled = CompiledGraph(graph, example_inputs, chosen)
     if chosen.release_weights:
         packed = [tensor for node, tensor in parameters.items() if STORE.packed(tensor)]

@@ -137,15 +137,21 @@ def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -
     try:
         tensors = load_file(source / TENSORS)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{source / TENSORS} cannot be read ({error}): quantize the model again.") from error
+        raise CheckpointError(
+            f"{source / TENSORS} cannot be read ({error}): quantize the model again."
+        ) from error
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
         name for name, _ in model.named_parameters()
     }
-    untied = [name for name in missing if name not in tied and name not in getattr(model, "_tied_weights_keys", ())]
+    untied = [
+        name for name in missing if name not in tied and name not in getattr(model, "_tied_weights_keys", ())
+    ]
     if unexpected or untied:
         wrong = ", ".join([*unexpected, *untied][:5])
-        raise CheckpointError(f"{source / TENSORS} does not fit its config: {wrong}. Quantize the model again.")
+        raise CheckpointError(
+            f"{source / TENSORS} does not fit its config: {wrong}. Quantize the model again."
+        )
     remember_swap(model, records)
     return model.eval().to(device)  # type: ignore[no-any-return]

@@ -47,7 +47,9 @@ def capture(
     parameters = inspect.signature(model.forward).parameters
     unknown = [name for name in kwargs if name not in parameters and "kwargs" not in parameters]
     if unknown:
-        raise OptionError(f"the model's forward takes no argument {unknown[0]!r}: it has {', '.join(parameters)}.")
+        raise OptionError(
+            f"the model's forward takes no argument {unknown[0]!r}: it has {', '.join(parameters)}."
+        )
     training = model.training
     model.eval()
     try:

@@ -58,7 +58,9 @@ def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
         if weight is None:
             continue
         rows, columns = weight.shape
-        swapped = parameter is not (node.args[1] if node.target is torch.ops.aten.linear.default else parameter)
+        swapped = parameter is not (
+            node.args[1] if node.target is torch.ops.aten.linear.default else parameter
+        )
         skipped = node.target is torch.ops.aten.linear.default
         state, from_original = (None, False) if skipped else _state_of(graph, node, weight)
         packed = next(iter(STORE.packed(weight)), None)

@@ -57,7 +57,8 @@ class MixqLinear(nn.Module):
         codes_columns = in_features if scheme.weight.bits == 8 else (in_features + 1) // 2
         codes_dtype = torch.int8 if scheme.weight.bits == 8 else torch.uint8
         self.register_buffer(
-            "weight_codes", aligned_empty((out_features,), codes_columns, codes_dtype, torch.device(device)).zero_()
+            "weight_codes",
+            aligned_empty((out_features,), codes_columns, codes_dtype, torch.device(device)).zero_(),
         )
         self.register_buffer("weight_scale", torch.ones(out_features, device=device))
         state = OutlierState.create(

@@ -94,7 +94,9 @@ def _slower(module: nn.Module, scheme: QuantScheme, options: MixqOptions) -> str
     return None
 
 
-def quantize(model: nn.Module, scheme: str = "w8a8o16", *, keep_originals: bool = False, **options: Any) -> nn.Module:
+def quantize(
+    model: nn.Module, scheme: str = "w8a8o16", *, keep_originals: bool = False, **options: Any
+) -> nn.Module:
     """Swaps the linears of a model for MixqLinears in place; returns the model.
 
     Args:
@@ -109,7 +111,9 @@ def quantize(model: nn.Module, scheme: str = "w8a8o16", *, keep_originals: bool 
     """
     allowed = {"stats", "threshold", "capacity", "miss", "ignore", "layers", "batch_invariant", "force"}
     if wrong := set(options) - allowed:
-        raise OptionError(f"quantize takes no option {sorted(wrong)[0]!r}. Valid: {', '.join(sorted(allowed))}.")
+        raise OptionError(
+            f"quantize takes no option {sorted(wrong)[0]!r}. Valid: {', '.join(sorted(allowed))}."
+        )
     chosen = MixqOptions.from_user(options={"scheme": scheme, "force": True, **options})
     linears = linears_of(model)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -146,7 +150,12 @@ def quantize(model: nn.Module, scheme: str = "w8a8o16", *, keep_originals: bool 
 
 
 def _swap(
-    model: nn.Module, fqn: str, module: nn.Module, scheme: QuantScheme, options: MixqOptions, keep_original: bool
+    model: nn.Module,
+    fqn: str,
+    module: nn.Module,
+    scheme: QuantScheme,
+    options: MixqOptions,
+    keep_original: bool,
 ) -> None:
     columns = maxima = None
     statistics = options.stats.find(fqn) if options.stats is not None else None

@@ -40,9 +40,7 @@ def _refuse_forward(module: nn.Module, arguments: Any) -> None:
 
 
 def _refuse_state(module: nn.Module, *arguments: Any) -> None:
-    raise ReleasedWeightError(
-        f"the state of a {type(module).__name__} cannot be read or loaded: {_ADVICE}"
-    )
+    raise ReleasedWeightError(f"the state of a {type(module).__name__} cannot be read or loaded: {_ADVICE}")
 
 
 def release(weights: Iterable[Tensor]) -> list[Tensor]:
