@@ -57,8 +57,6 @@ class Annotations:
     """Name of the scheme that `select-scheme` chose."""
     parameters = _Field[dict[str, Any]]()
     """That scheme with the outlier options applied, as `QuantScheme.to_json` writes it."""
-    parameters = _Field[dict[str, Any]]()
-    """That scheme as JSON, with the outlier policy of this linear."""
     outlier_columns = _Field[list[int]]()
     """Calibrated columns that stay in 16 bit."""
     absmax = _Field[list[float]]()
@@ -69,6 +67,8 @@ class Annotations:
     """Name of the provider that `select-kernels` chose."""
     origin = _Field[list[str]]()
     """Passes that made the node, oldest first; the pipeline writes it."""
+    policy = _Field[dict[str, Any]]()
+    """Of a quantization: its outlier policy; quantizations with other policies are not joined."""
     readers = _Field[list[str]]()
     """Of a quantization: names of the nodes whose weights read it; `share-quantize` joins them."""
 

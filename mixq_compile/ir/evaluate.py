@@ -3,21 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from mixq_compile.ir.shapes import hint_of
 
 
 class UnknownValueError(LookupError):
     """The value of an input was not recorded when the graph was captured."""
 
 
+class Evaluator:
+    """Runs operators on fake values; what it has computed once for like inputs it does not run again.
+
+    A model repeats its layers, and under symbolic sizes one fake operator takes milliseconds.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        """An evaluator for values of this mode."""
+        self.fake_mode = fake_mode
+        self._known: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        target: Callable[..., Any] | str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        value_of: Callable[[Node], Any],
+    ) -> Any:
+        """The fake result of a call on nodes; a target of type str is a method of its first argument.
+
+        Raises whatever the operator raises, and what `value_of` raises for an input it does not know.
+        """
+        values = map_arg(tuple(args), value_of)
+        named = map_arg(dict(kwargs), value_of)
+        try:
+            key = (target, _signature(values), _signature(named))
+            if key in self._known:
+                return self._known[key]
+        except TypeError:
+            key = None
+        with torch.no_grad(), _no_new_guards(self.fake_mode), self.fake_mode:
+            if isinstance(target, str):
+                result = getattr(values[0], target)(*values[1:], **named)
+            else:
+                result = target(*values, **named)
+        if key is not None and _is_determined(result):
+            self._known[key] = result
+        return result
+
+
 @contextlib.contextmanager
-def no_new_guards(fake_mode: FakeTensorMode) -> Any:
+def _no_new_guards(fake_mode: FakeTensorMode) -> Iterator[None]:
     """Leaves the capture's shape environment as it is, whatever the operators ask of it."""
     shapes = fake_mode.shape_env
     with contextlib.ExitStack() as stack:
@@ -27,20 +71,26 @@ def no_new_guards(fake_mode: FakeTensorMode) -> Any:
         yield
 
 
-def evaluate(
-    target: Callable[..., Any] | str,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    value_of: Callable[[Node], Any],
-    fake_mode: FakeTensorMode,
-) -> Any:
-    """The fake result of a call on nodes; a target of type str is a method of its first argument.
+def _signature(value: Any) -> Any:
+    """What of a value decides an operator's fake result. Raises TypeError where that is not known."""
+    if isinstance(value, Tensor):
+        if not isinstance(value, FakeTensor) or value.layout is not torch.strided:
+            raise TypeError
+        sizes = tuple([_signature(size) for size in (*value.shape, *value.stride())])
+        return value.dtype, value.device, sizes
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return type(value), value.node.expr
+    if isinstance(value, (list, tuple)):
+        return tuple([_signature(item) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _signature(item)) for name, item in value.items()])
+    if isinstance(value, slice):
+        return slice, _signature((value.start, value.stop, value.step))
+    hash(value)
+    return type(value), value
 
-    Raises whatever the operator raises, and what `value_of` raises for an input it does not know.
-    """
-    values = map_arg(tuple(args), value_of)
-    named = map_arg(dict(kwargs), value_of)
-    with torch.no_grad(), no_new_guards(fake_mode), fake_mode:
-        if isinstance(target, str):
-            return getattr(values[0], target)(*values[1:], **named)
-        return target(*values, **named)
+
+def _is_determined(result: Any) -> bool:
+    """False where sizes depend on data: each call has a size of its own then."""
+    sizes = [size for leaf in tree_leaves(result) if isinstance(leaf, Tensor) for size in leaf.shape]
+    return all(hint_of(size) is not None for size in sizes) and not isinstance(result, torch.SymInt)

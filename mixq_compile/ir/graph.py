@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from mixq_compile.ir import names
 from mixq_compile.ir.effects import has_effect
-from mixq_compile.ir.evaluate import UnknownValueError, evaluate
+from mixq_compile.ir.evaluate import Evaluator, UnknownValueError
 from mixq_compile.ir.linears import transposed_source
 
 Origin = Literal["dynamo", "export"]
@@ -57,7 +57,7 @@ class CapturedGraph:
         self._attribute_of: dict[int, str] = {}
         self._reader_of: dict[str, Node] = {}
         self._end_of_inputs: Node | None = None
-        self._confirmed: dict[Node, tuple[Any, ...]] = {}
+        self._evaluator: Evaluator | None = None
         # Dynamo takes the sources out of the metadata again when the backend returns.
         self._sources: dict[str, str] = {
             node.name: source
@@ -126,22 +126,6 @@ class CapturedGraph:
             raise UnknownValueError(f"the value of %{node.name} is not known")
         return self.value(node)
 
-    def confirm(self, node: Node) -> None:
-        """Notes that a node's recorded value is what its operator gives for its inputs' values."""
-        self._confirmed[node] = self._evidence(node)
-
-    def is_confirmed(self, node: Node) -> bool:
-        """True where that was noted, and neither the call nor any of these values has changed since."""
-        noted = self._confirmed.get(node)
-        if noted is None:
-            return False
-        evidence = self._evidence(node)
-        return len(noted) == len(evidence) and all(map(operator.is_, noted, evidence))
-
-    def _evidence(self, node: Node) -> tuple[Any, ...]:
-        inputs = (self.value(source) for source in node.all_input_nodes)
-        return node.target, node.args, node.kwargs, self.value(node), *inputs
-
     @property
     def fake_mode(self) -> FakeTensorMode:
         """The mode that the recorded fake tensors belong to; a new one where there are none."""
@@ -153,6 +137,17 @@ class CapturedGraph:
                         return self._fake_mode
             self._fake_mode = FakeTensorMode(shape_env=ShapeEnv())
         return self._fake_mode
+
+    def evaluate(
+        self, target: Callable[..., Any] | str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """What a call gives for the recorded values of its arguments; adds no guard on their sizes.
+
+        Raises UnknownValueError where one is not recorded, and what the operator raises.
+        """
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self.fake_mode)
+        return self._evaluator(target, args, kwargs, self.known_value)
 
     def tensor(self, node: Any) -> Tensor | None:
         """The real parameter or buffer that a node stands for; None for an activation or an input."""
@@ -276,7 +271,7 @@ class CapturedGraph:
         replaces the copied `meta["custom"]`. Raises UnknownValueError where an argument has no
         recorded value, and what the operator raises on wrong arguments; the graph is then unchanged.
         """
-        value = evaluate(target, args, {}, self.known_value, self.fake_mode)
+        value = self.evaluate(target, args, {})
         node = self.graph.call_function(target, tuple(args))
         if like is not None:
             node.meta.update({key: like.meta[key] for key in INHERITED_META if key in like.meta})
@@ -285,7 +280,6 @@ class CapturedGraph:
         if custom is not None:
             node.meta["custom"] = copy.deepcopy(dict(custom))
         self.set_value(node, value)
-        self.confirm(node)
         return node
 
     def getitem(self, node: Node, index: int) -> Node:

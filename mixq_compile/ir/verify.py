@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from mixq_compile.ir.annotations import as_json
 from mixq_compile.ir.effects import is_in_place, is_reshaped_later
-from mixq_compile.ir.evaluate import UnknownValueError, evaluate
+from mixq_compile.ir.evaluate import UnknownValueError
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import hint_of
 
@@ -86,22 +86,19 @@ def _value(graph: CapturedGraph, node: Node) -> str | None:
         return _difference(recorded, held) if isinstance(held, Tensor) and recorded is not None else None
     if node.op not in ("call_function", "call_method") or recorded is None or is_in_place(node):
         return None
-    if isinstance(node.target, torch._ops.HigherOrderOperator) or graph.is_confirmed(node):
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
         return None
     if any(is_reshaped_later(known) for known in (node, *node.all_input_nodes)):
         return None
     try:
-        computed = evaluate(node.target, node.args, node.kwargs, graph.known_value, graph.fake_mode)
+        computed = graph.evaluate(node.target, node.args, node.kwargs)
     except (UnknownValueError, *DATA_DEPENDENT):
         return None
     except Exception as error:
         if isinstance(error.__cause__, DATA_DEPENDENT):
             return None
         return f"its operator refuses its inputs: {type(error).__name__}: {_first_line(error)}"
-    difference = _difference(recorded, computed)
-    if difference is None:
-        graph.confirm(node)
-    return difference
+    return _difference(recorded, computed)
 
 
 def _first_line(error: BaseException) -> str:
