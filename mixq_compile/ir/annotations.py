@@ -106,8 +106,3 @@ FIELDS: tuple[str, ...] = tuple(
     name for name, field in vars(Annotations).items() if isinstance(field, _Field)
 )
 """Names of all annotations."""
-
-
-def annotations(node: Node) -> Annotations:
-    """The typed view of a node's annotations."""
-    return Annotations(node)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from mixq_compile.ir.snapshot import NodeRow, Snapshot, row_from_json
+from mixq_compile.ir.snapshot import NodeRow, Snapshot
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,20 @@ class GraphDiff:
 
     def to_json(self) -> dict[str, Any]:
         """The difference as JSON-able data."""
-        return asdict(self)
+        return {
+            "added": [row.to_json() for row in self.added],
+            "removed": [row.to_json() for row in self.removed],
+            "changed": [[old.to_json(), new.to_json()] for old, new in self.changed],
+            "placed": [list(place) for place in self.placed],
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> GraphDiff:
         """The difference that `to_json` wrote."""
         return cls(
-            added=tuple(row_from_json(row) for row in data["added"]),
-            removed=tuple(row_from_json(row) for row in data["removed"]),
-            changed=tuple((row_from_json(old), row_from_json(new)) for old, new in data["changed"]),
+            added=tuple(NodeRow.from_json(row) for row in data["added"]),
+            removed=tuple(NodeRow.from_json(row) for row in data["removed"]),
+            changed=tuple((NodeRow.from_json(old), NodeRow.from_json(new)) for old, new in data["changed"]),
             placed=tuple((name, previous) for name, previous in data["placed"]),
         )
 

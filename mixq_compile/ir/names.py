@@ -121,7 +121,7 @@ def source_text(node: Node) -> str | None:
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)$')
 
 
-@functools.lru_cache(maxsize=65536)
+@functools.lru_cache(maxsize=8192)
 def _python_line(trace: str) -> str:
     lines = trace.splitlines()
     frames = [(match, position) for position, line in enumerate(lines) if (match := _FRAME.match(line))]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
@@ -35,6 +35,15 @@ class NodeRow:
     where: str
     """The line of the model's Python code."""
     annotations: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON-able data."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> NodeRow:
+        """The row that `to_json` wrote."""
+        return cls(**{**data, "inputs": tuple(data["inputs"])})
 
     @property
     def line(self) -> str:
@@ -82,17 +91,12 @@ class Snapshot:
 
     def to_json(self) -> list[dict[str, Any]]:
         """The rows as JSON-able data."""
-        return [asdict(row) for row in self.rows]
+        return [row.to_json() for row in self.rows]
 
     @classmethod
     def from_json(cls, data: list[dict[str, Any]]) -> Snapshot:
         """The snapshot that `to_json` wrote."""
-        return cls(tuple(row_from_json(row) for row in data))
-
-
-def row_from_json(data: dict[str, Any]) -> NodeRow:
-    """The row that `dataclasses.asdict` wrote."""
-    return NodeRow(**{**data, "inputs": tuple(data["inputs"])})
+        return cls(tuple(NodeRow.from_json(row) for row in data))
 
 
 def target_name(target: Any) -> str:

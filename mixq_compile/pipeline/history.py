@@ -38,7 +38,15 @@ class PassRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-able data."""
-        return asdict(self)
+        return {
+            "index": self.index,
+            "spec": self.spec,
+            "milliseconds": self.milliseconds,
+            "diff": self.diff.to_json() if self.diff is not None else None,
+            "decisions": [asdict(decision) for decision in self.decisions],
+            "violations": [asdict(violation) for violation in self.violations],
+            "stopped": self.stopped,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PassRecord:

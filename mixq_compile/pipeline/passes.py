@@ -92,6 +92,9 @@ class Fuel:
 class WeightProvider(Protocol):
     """What passes ask of the store of packed weights; passes know no more of it."""
 
+    def prepare(self, weights: Sequence[tuple[Tensor, Any]], keeps_originals: bool) -> None:
+        """Checks the memory that packing these parameters takes, before any is packed."""
+
     def pack(self, weight: Tensor, scheme: Any, dtype: Any, transposed: bool = False) -> Any:
         """The packed form of a parameter."""
 
@@ -100,6 +103,12 @@ class WeightProvider(Protocol):
 
     def fill(self, packed: Any, weight: Tensor, state: Any) -> None:
         """Fetches the columns that a state knows into a packed weight."""
+
+    def bind(self, kept: Tensor, bound: Tensor) -> None:
+        """Makes one state buffer of a module share the storage of another's."""
+
+    def is_released(self, weight: Tensor) -> bool:
+        """True where a parameter's storage has been freed and only its packed form is left."""
 
 
 @dataclass(frozen=True)
