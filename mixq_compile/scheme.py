@@ -49,7 +49,7 @@ class TensorFormat:
     @property
     def largest_code(self) -> int:
         """The largest code, `2^(bits-1) - 1`; the smallest is its negative."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,16 @@ class OutlierPolicy:
         rounded = math.ceil(in_features / 32 / 16) * 16
         return min(128, max(16, rounded))
 
+    def to_json(self) -> dict[str, Any]:
+        """The policy as JSON-able data; JSON has no infinity, so that a threshold of inf is a text."""
+        threshold = "inf" if math.isinf(self.threshold) else self.threshold
+        return {**dataclasses.asdict(self), "threshold": threshold}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> OutlierPolicy:
+        """The policy that `to_json` wrote."""
+        return cls(**{**data, "threshold": float(data["threshold"])})
+
 
 @dataclass(frozen=True)
 class QuantScheme:
@@ -115,7 +125,8 @@ class QuantScheme:
 
     def to_json(self) -> dict[str, Any]:
         """The scheme as JSON-able data, with its schema version."""
-        return dataclasses.asdict(self)
+        outliers = None if self.outliers is None else self.outliers.to_json()
+        return {**dataclasses.asdict(self), "outliers": outliers}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> QuantScheme:
@@ -125,12 +136,13 @@ class QuantScheme:
                 f"scheme {data.get('name')!r} has schema version {data.get('version')!r}; "
                 f"this release reads version {SCHEMA_VERSION}. Quantize the model again."
             )
+        outliers = data["outliers"]
         return cls(
             name=data["name"],
             summary=data["summary"],
             weight=TensorFormat(**data["weight"]),
             activation=TensorFormat(**data["activation"]) if data["activation"] else None,
-            outliers=OutlierPolicy(**data["outliers"]) if data["outliers"] else None,
+            outliers=None if outliers is None else OutlierPolicy.from_json(outliers),
             eight_bit_roles=tuple(data["eight_bit_roles"]),
         )
 

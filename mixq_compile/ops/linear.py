@@ -19,7 +19,7 @@ from mixq_compile.ops.declarations import (
     weight_only_linear,
 )
 from mixq_compile.ops.outlier_state import STATE_FIELDS
-from mixq_compile.ops.providers import AUTO, KernelQuery, small_batch_limit
+from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
 from mixq_compile.ops.weight_codes import weight_bits
 
 
@@ -27,10 +27,7 @@ def small_batch_limit_of(x: Tensor, weight_codes: Tensor, batch_invariant: bool)
     """The largest M that takes the weight-only path for this weight; 0 where one kernel serves all M."""
     if batch_invariant:
         return 0
-    query = KernelQuery(
-        "mixed_linear", x.device, x.dtype, weight_bits(weight_codes), x.shape[-1], weight_codes.shape[0]
-    )
-    return small_batch_limit(query)
+    return small_batch_limit(linear_query(x, weight_codes.shape[0], x.shape[-1], weight_bits(weight_codes)))
 
 
 @torch.library.custom_op(

@@ -103,14 +103,11 @@ def provider(
 @functools.cache
 def load_providers() -> tuple[str, ...]:
     """Imports every module of every folder in `mixq_compile/kernels` once; returns the folders' names."""
-    kernels = importlib.import_module("mixq_compile.kernels")
-    names = []
-    for folder in pkgutil.iter_modules(kernels.__path__):
-        package = importlib.import_module(f"mixq_compile.kernels.{folder.name}")
+    for name in provider_names():
+        package = importlib.import_module(f"mixq_compile.kernels.{name}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
-        names.append(folder.name)
-    return tuple(sorted(names))
+    return provider_names()
 
 
 def providers_of(op: str) -> list[Provider]:
@@ -169,7 +166,32 @@ def run(op: str, kernel: str, x: torch.Tensor, weight_bits: int, *arguments: Any
     return named(op, kernel).function(*arguments)
 
 
-def small_batch_limit(query: KernelQuery) -> int:
-    """The largest M that the weight-only path serves better with the chosen provider; 0 for none."""
-    chosen = choose(query)
+def supporting(query: KernelQuery, kernel: str) -> Provider:
+    """Provider `kernel`, or under `"auto"` the preferred one. Raises KernelError where it refuses."""
+    if kernel == AUTO:
+        return choose(query)
+    provider = named(query.op, kernel)
+    verdict = provider.supports(query)
+    if verdict is not True:
+        raise KernelError(f"kernel {kernel!r} cannot run mixq::{query.op} on {query.device}: {verdict}.")
+    return provider
+
+
+def provider_names() -> tuple[str, ...]:
+    """Names of all providers; imports none."""
+    kernels = importlib.import_module("mixq_compile.kernels")
+    return tuple(sorted(folder.name for folder in pkgutil.iter_modules(kernels.__path__)))
+
+
+def linear_query(
+    x: torch.Tensor, out_features: int, in_features: int, bits: int, weight_only: bool = False
+) -> KernelQuery:
+    """The query for the product of a linear whose weight codes have this many bits."""
+    op = "weight_only_linear" if weight_only else "mixed_linear"
+    return KernelQuery(op, x.device, x.dtype, bits, in_features, out_features)
+
+
+def small_batch_limit(query: KernelQuery, kernel: str = AUTO) -> int:
+    """The largest M that the weight-only path serves better with this provider; 0 for none."""
+    chosen = supporting(query, kernel)
     return chosen.small_batch(query) if chosen.small_batch else 0

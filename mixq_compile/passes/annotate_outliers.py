@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch.fx import Node
 
-from mixq_compile.ir.annotations import annotations
+from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline import Decision, Pass, PassContext
-from mixq_compile.scheme import OutlierPolicy
+from mixq_compile.scheme import QuantScheme
+
+
+def calibrated_columns(
+    stats: Any, fqn: str, scheme: QuantScheme, in_features: int
+) -> tuple[list[int], list[float]] | None:
+    """The outlier columns of a linear by its statistics, and their maxima; None where it has none.
+
+    With 8-bit activations the columns above the threshold, and at most as many as there are slots;
+    with 4-bit ones always as many, the largest first.
+    """
+    policy = scheme.outliers
+    found = stats.find(fqn)
+    if policy is None or scheme.activation is None or found is None:
+        return None
+    threshold = policy.threshold if scheme.activation.bits == 8 else None
+    columns = stats.outlier_columns(fqn, threshold=threshold, count=policy.capacity_for(in_features))
+    return columns, [float(found.absmax[column]) for column in columns]
 
 
 @dataclass(frozen=True)
@@ -19,39 +37,41 @@ class AnnotateOutliers(Pass):
     """Chooses outlier columns from calibration statistics; without statistics it changes nothing."""
 
     name: ClassVar[str] = "annotate-outliers"
-    requires: ClassVar[frozenset[str]] = frozenset({"canonical-linears"})
+    requires: ClassVar[frozenset[str]] = frozenset({"schemes"})
 
     stats: str | None = None
     """sha256 of the statistics in the pass context: two pipelines over other statistics differ."""
-    threshold: float = 6.0
-    """Columns whose calibrated maximum is above this are outlier columns."""
-    capacity: int | None = None
-    """Most columns of one linear; of more, the largest are taken."""
-    choose: str = "threshold"
-    """threshold: the columns above it; largest: as many as there are slots, the largest first."""
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
-        """One decision for each linear with statistics."""
+        """One decision for each linear whose scheme keeps outlier columns."""
         if context.stats is None:
             return
-        policy = OutlierPolicy(self.threshold, self.capacity)
-        for node in graph.graph.nodes:
-            if node.target is not torch.ops.aten.linear.default:
-                continue
-            view = annotations(node)
-            in_features = graph.value(node.args[0]).shape[-1]
-            found = context.stats.find(view.fqn or "")
+        chosen = self._chosen(graph)
+        shapes = {fqn: graph.value(node.args[1]).shape for node, fqn, _ in chosen}
+        context.stats.check_model(shapes)
+        for node, fqn, scheme in chosen:
+            in_features = shapes[fqn][-1]
+            found = calibrated_columns(context.stats, fqn, scheme, in_features)
             if found is None:
-                yield Decision.skipped(node, "not in the statistics: columns are found online", fqn=view.fqn)
+                online = scheme.outliers is not None and scheme.outliers.miss != "static"
+                rest = "columns are found online" if online else "no columns are kept"
+                yield Decision.skipped(node, f"it never ran during calibration: {rest}", fqn=fqn)
                 continue
-            slots = policy.capacity_for(in_features)
-            columns = context.stats.outlier_columns(
-                view.fqn, threshold=None if self.choose == "largest" else self.threshold, count=slots
-            )
-            largest = float(found.absmax.max())
-            reason = (
-                f"{len(columns)} of {in_features} columns, {self.choose}; the largest reaches {largest:.3g}"
-            )
-            yield Decision.applied(node, reason, fqn=view.fqn, details={"columns": columns})
-            view.outlier_columns = columns
-            view.absmax = [float(found.absmax[column]) for column in columns]
+            columns, maxima = found
+            reason = f"{len(columns)} of {in_features} columns"
+            if maxima:
+                reason += f", of magnitude {min(maxima):.3g} to {max(maxima):.3g}"
+            yield Decision.applied(node, reason, fqn=fqn, details={"columns": columns})
+            view = Annotations(node)
+            view.outlier_columns, view.absmax = columns, maxima
+
+    def _chosen(self, graph: CapturedGraph) -> list[tuple[Node, str, QuantScheme]]:
+        """The linears with a scheme that keeps outlier columns, with their names."""
+        found = []
+        for node in graph.graph.nodes:
+            view = Annotations(node)
+            if node.target is torch.ops.aten.linear.default and view.parameters is not None:
+                scheme = QuantScheme.from_json(view.parameters)
+                if scheme.outliers is not None:
+                    found.append((node, view.fqn or "", scheme))
+        return found

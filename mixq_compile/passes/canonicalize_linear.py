@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
-from mixq_compile.ir.annotations import annotations
+from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ir.linears import transposed_source
-from mixq_compile.ir.roles import ROUTER, role_of
+from mixq_compile.ir.roles import OTHER, ROUTER, role_of
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten = torch.ops.aten
@@ -22,7 +21,9 @@ LINEARS = (torch.nn.functional.linear, torch._C._nn.linear, aten.linear.default)
 ADDMMS = (torch.addmm, aten.addmm.default, "addmm")
 PRODUCTS = (torch.matmul, torch.mm, operator.matmul, aten.mm.default, aten.matmul.default, "matmul", "mm")
 ADDITIONS = (operator.add, torch.add, aten.add.Tensor, operator.iadd, "add")
-UNSUPPORTED = {"grouped_mm": "unsupported: grouped (one product for several experts)"}
+GROUPED = "unsupported: grouped (one product for several experts)"
+UNSUPPORTED = {"grouped_mm": GROUPED}
+MIXED_TYPES = "its input, weight and result differ in dtype, as under autocast: cast the model itself instead"
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,21 @@ def _is_parameter(graph: CapturedGraph, node: Any, dims: int) -> bool:
     return tensor is not None and tensor.dim() == dims and tensor.is_floating_point()
 
 
-def _bias_addition(graph: CapturedGraph, product: Node, out_features: int) -> tuple[Node, Node] | None:
-    """The only reader of a product if it adds a bias parameter, and that bias."""
+def _bias_addition(graph: CapturedGraph, product: Node, weight: Tensor, out_features: int) -> Node | None:
+    """The only reader of a product if it adds a bias parameter, in the product's dtype."""
     if len(product.users) != 1:
         return None
     (reader,) = product.users
     if reader.target not in ADDITIONS or len(reader.args) != 2 or reader.kwargs:
         return None
-    other = reader.args[1] if reader.args[0] is product else reader.args[0]
-    if not _is_parameter(graph, other, dims=1) or graph.tensor(other).shape[0] != out_features:  # type: ignore[arg-type,union-attr]
+    bias = graph.tensor(_added(reader, product))
+    if bias is None or bias.shape != (out_features,) or bias.dtype != weight.dtype:
         return None
-    return reader, other  # type: ignore[return-value]
+    return reader
+
+
+def _added(addition: Node, product: Node) -> Any:
+    return addition.args[1] if addition.args[0] is product else addition.args[0]
 
 
 def _match_module(graph: CapturedGraph, node: Node) -> _Linear | None:
@@ -72,28 +77,24 @@ def _match_module(graph: CapturedGraph, node: Node) -> _Linear | None:
 def _match_addmm(graph: CapturedGraph, node: Node) -> _Linear | None:
     bias, x, matrix = (_argument(node, place, name) for place, name in enumerate(("input", "mat1", "mat2")))
     scaled = node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1
-    if scaled or not _is_parameter(graph, bias, dims=1):
+    weight = graph.weight_parameter(matrix)
+    if scaled or weight is None or not _is_parameter(graph, bias, dims=1):
         return None
-    source = transposed_source(matrix)
-    if source is not None and _is_parameter(graph, source, dims=2):
-        return _Linear(x, source, bias, False, node)
-    if _is_parameter(graph, matrix, dims=2):
-        return _Linear(x, matrix, bias, True, node)
-    return None
+    return _Linear(x, weight, bias, weight is matrix, node)
 
 
 def _match_product(graph: CapturedGraph, node: Node) -> _Linear | None:
     x, matrix = _argument(node, 0, "input"), _argument(node, 1, "other")
-    if not isinstance(x, Node) or not isinstance(matrix, Node):
+    weight = graph.weight_parameter(matrix)
+    tensor = graph.tensor(weight)
+    is_activation = isinstance(x, Node) and graph.tensor(x) is None
+    if not is_activation or weight is None or tensor is None or not _is_parameter(graph, weight, dims=2):
         return None
-    source = transposed_source(matrix)
-    weight, swapped = (source, False) if source is not None else (matrix, True)
-    if not _is_parameter(graph, weight, dims=2):
-        return None
-    out_features = graph.tensor(weight).shape[1 if swapped else 0]  # type: ignore[arg-type,union-attr]
-    addition = _bias_addition(graph, node, out_features)
-    replaces, bias = addition if addition else (node, None)
-    return _Linear(x, weight, bias, swapped, replaces)  # type: ignore[arg-type]
+    swapped = weight is matrix
+    addition = _bias_addition(graph, node, tensor, tensor.shape[1 if swapped else 0])
+    if addition is None:
+        return _Linear(x, weight, None, swapped, node)
+    return _Linear(x, weight, _added(addition, node), swapped, addition)
 
 
 def _match(graph: CapturedGraph, node: Node) -> _Linear | None:
@@ -111,6 +112,22 @@ def _match(graph: CapturedGraph, node: Node) -> _Linear | None:
     return None
 
 
+def _parameter_behind(graph: CapturedGraph, product: Node) -> Node | None:
+    """The parameter that the second operand of a product is a view of."""
+    node = product.args[1] if len(product.args) > 1 else None
+    while isinstance(node, Node):
+        if graph.tensor(node) is not None:
+            return node
+        node = node.args[0] if node.args else None
+    return None
+
+
+def _is_mixed(graph: CapturedGraph, found: _Linear) -> bool:
+    """True where the recorded values of input, weight and result have not all one dtype."""
+    values = (graph.value(node) for node in (found.x, found.weight, found.replaces))
+    return len({value.dtype for value in values if isinstance(value, Tensor)}) > 1
+
+
 @dataclass(frozen=True)
 class CanonicalizeLinear(Pass):
     """Rewrites each linear to `aten.linear.default` and annotates it with its name and role."""
@@ -120,25 +137,37 @@ class CanonicalizeLinear(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear, and one for each product that is known but not supported."""
-        for node in list(graph.graph.nodes):
+        for node in graph.walk():
+            if Annotations(node).role is not None:
+                continue
             reason = next((text for key, text in UNSUPPORTED.items() if key in str(node.target)), None)
             if reason is not None:
-                yield Decision.skipped(node, reason, fqn=graph.fqn(node))
+                parameter = _parameter_behind(graph, node)
+                fqn = graph.parameter_name(parameter) if parameter is not None else graph.fqn(node)
+                yield Decision.skipped(node, reason, fqn=fqn)
+                view = Annotations(node)
+                view.fqn, view.role, view.skip = fqn, OTHER, reason
+                view.readers = [parameter.name] if parameter is not None else None
                 continue
             found = _match(graph, node)
             if found is None:
                 continue
             fqn = graph.fqn(node) or graph.parameter_name(found.weight).removesuffix(".weight")
+            if _is_mixed(graph, found):
+                yield Decision.skipped(node, MIXED_TYPES, fqn=fqn)
+                view = Annotations(node)
+                view.fqn, view.role, view.skip = fqn, role_of(fqn), MIXED_TYPES
+                view.readers = [found.weight.name] if graph.tensor(found.weight) is not None else None
+                continue
+            # A router multiplies by a parameter of its own; only a linear module's product is a linear.
+            owned = node.op == "call_module" or graph.owner_is_linear(node)
+            role = role_of(fqn) if owned else ROUTER
             spelled = getattr(node.target, "__name__", str(node.target))
-            yield Decision.applied(node, f"{spelled} is a linear", fqn=fqn)
-            linear = self._rewrite(graph, node, found)
-            view = annotations(linear)
-            view.fqn = fqn
-            view.role = role_of(fqn) if self._is_owned(graph, node) else ROUTER
-
-    def _is_owned(self, graph: CapturedGraph, node: Node) -> bool:
-        """True where a linear module makes this call; a router multiplies by a parameter of its own."""
-        return node.op == "call_module" or graph.owner_is_linear(node)
+            yield Decision.applied(node, f"{spelled} is a linear, its role {role}", fqn=fqn)
+            is_canonical = node.target is aten.linear.default and not node.kwargs
+            linear = node if is_canonical else self._rewrite(graph, node, found)
+            view = Annotations(linear)
+            view.fqn, view.role = fqn, role
 
     def _rewrite(self, graph: CapturedGraph, node: Node, found: _Linear) -> Node:
         with graph.graph.inserting_before(found.replaces):
@@ -146,8 +175,7 @@ class CanonicalizeLinear(Pass):
             if found.swapped:
                 weight = graph.call(aten.t.default, (weight,), like=node)
             linear = graph.call(aten.linear.default, (found.x, weight, found.bias), like=node)
-        found.replaces.replace_all_uses_with(linear)
-        graph.graph.erase_node(found.replaces)
-        if found.replaces is not node and not node.users:
+        graph.replace(found.replaces, linear)
+        if found.replaces is not node:
             graph.graph.erase_node(node)
         return linear

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from mixq_compile.ir.annotations import annotations
+from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.roles import role_of
 from mixq_compile.ir.shapes import row_count
-from mixq_compile.ops import providers
 from mixq_compile.ops.linear import small_batch_limit_of
+from mixq_compile.ops.outlier_state import COUNT
+from mixq_compile.ops.providers import AUTO
+from mixq_compile.passes._mixed_linear import MixedLinear
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 mixq = torch.ops.mixq
@@ -29,63 +31,50 @@ class ExpandLinear(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each `mixq::linear`."""
-        for node in list(graph.graph.nodes):
-            if node.target is not mixq.linear.default:
-                continue
+        for node in graph.walk(mixq.linear.default):
             fqn = graph.fqn(node)
             yield Decision.applied(node, "expanded into its parts", fqn=fqn)
             with graph.graph.inserting_before(node):
                 result = self._expand(graph, node, fqn)
-            node.replace_all_uses_with(result)
-            graph.graph.erase_node(node)
+            graph.replace(node, result)
 
     def _expand(self, graph: CapturedGraph, node: Node, fqn: str) -> Node:
-        (
-            x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters,
-            effective_threshold, cached_index, outlier_weight, original, bits, threshold, batch_invariant, miss,
-        ) = node.args  # fmt: skip
+        arguments: tuple[Any, ...] = node.args
+        x, weight_codes, weight_scale, bias, *rest = arguments
+        state, (cached_index, outlier_weight, original) = tuple(rest[:5]), rest[5:8]
+        bits, threshold, batch_invariant, miss = rest[8:]
 
-        def call(op: Any, *args: Any) -> Node:
-            made = graph.call(op, args, like=node)
-            annotations(made).fqn, annotations(made).role = fqn, role_of(fqn)
+        def call(operator: Any, *operands: Any) -> Node:
+            made = graph.call(operator, operands, like=node)
+            view = Annotations(made)
+            view.fqn, view.role = fqn, role_of(fqn)
             return made
 
         small_m = small_batch_limit_of(graph.value(x), graph.value(weight_codes), batch_invariant)
         fixed, _ = row_count(graph.value(x))
         if bits == 16 or (fixed is not None and fixed <= small_m):
-            return call(mixq.weight_only_linear.default, x, weight_codes, weight_scale, bias, providers.AUTO)
-        tail = (small_m, providers.AUTO)
-        count: Any = counters
-        slots = graph.value(index).shape[0]
-        if miss == "static" or slots == 0:
-            quantized = call(mixq.quantize.default, x, index, column_slot, counters, bits, *tail)
-            codes, scale, outliers = (graph.getitem(quantized, place) for place in range(3))
-        else:
-            quantized = call(
-                mixq.quantize_online.default, x, index, column_slot, column_max, counters,
-                effective_threshold, bits, miss, *tail,
-            )  # fmt: skip
-            codes, scale, outliers, count = (graph.getitem(quantized, place) for place in range(4))
-        view = annotations(quantized)
-        view.parameters = {"outliers": {"threshold": str(threshold), "capacity": slots, "miss": miss}}
-        if miss in ("static", "frozen"):
-            view.outlier_columns = graph.tensor(index).tolist()
-        if slots:
-            call(
-                mixq.refresh_outlier_weights.default, codes, index, count, [cached_index],
-                [outlier_weight], [weight_codes], [weight_scale], [original], *tail,
-            )  # fmt: skip
-        product = call(
-            mixq.mixed_gemm.default, codes, outliers, count, weight_codes, outlier_weight, providers.AUTO
+            return call(mixq.weight_only_linear.default, x, weight_codes, weight_scale, bias, AUTO)
+        slots = graph.value(state[0]).shape[0]
+        policy = {"threshold": threshold, "capacity": slots, "miss": miss} if slots else None
+        parts = MixedLinear(
+            x=x,
+            weight_codes=weight_codes,
+            weight_scale=weight_scale,
+            bias=bias,
+            state=state,
+            cached_index=cached_index,
+            outlier_weight=outlier_weight,
+            original=original,
+            bits=bits,
+            policy=policy,
+            columns=self._fixed_columns(graph, state) if miss in ("static", "frozen") else None,
+            small_m=small_m,
         )
-        accumulator, outlier_product = (graph.getitem(product, place) for place in range(2))
-        return call(
-            mixq.dequantize.default,
-            x,
-            accumulator,
-            outlier_product,
-            scale,
-            weight_scale,
-            bias,
-            providers.AUTO,
-        )
+        return parts.write(graph, call)
+
+    def _fixed_columns(self, graph: CapturedGraph, state: tuple[Node, ...]) -> list[int] | None:
+        """The columns of a state that no longer learns; another's would not do for it."""
+        index, counters = graph.tensor(state[0]), graph.tensor(state[3])
+        if index is None or counters is None or index.is_meta:
+            return None
+        return [int(column) for column in index[: int(counters[COUNT])].tolist()]

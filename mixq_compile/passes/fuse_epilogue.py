@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
-from mixq_compile.ir.annotations import annotations
+from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 mixq = torch.ops.mixq
 
 
-def _small_m(codes: Node) -> int:
+def _small_m(codes: Any) -> int:
     """The switch point of the quantize node behind its codes: both must agree."""
-    quantized = codes.args[0]
-    assert isinstance(quantized, Node)
-    return int(quantized.args[-2])  # type: ignore[arg-type]
+    quantized: Node = codes.args[0]
+    switch_point: Any = quantized.args[-2]
+    return int(switch_point)
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,11 @@ class FuseEpilogue(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each dequantize."""
-        for node in list(graph.graph.nodes):
-            if node.target is not mixq.dequantize.default:
-                continue
-            x, accumulator, outlier_product, scale, weight_scale, bias, kernel = node.args
-            product = accumulator.args[0]
-            fqn = annotations(node).fqn
+        for node in graph.walk(mixq.dequantize.default):
+            arguments: tuple[Any, ...] = node.args
+            x, accumulator, outlier_product, scale, weight_scale, bias, kernel = arguments
+            product: Node = accumulator.args[0]
+            fqn = Annotations(node).fqn
             if set(product.users) != {accumulator, outlier_product} or len(accumulator.users) > 1:
                 yield Decision.skipped(node, "something else reads the product", fqn=fqn)
                 continue
@@ -53,6 +52,6 @@ class FuseEpilogue(Pass):
                     ),
                     like=node,
                 )  # fmt: skip
-            node.replace_all_uses_with(fused)
-            for dead in (node, accumulator, outlier_product, product):
+            graph.replace(node, fused)
+            for dead in (accumulator, outlier_product, product):
                 graph.graph.erase_node(dead)

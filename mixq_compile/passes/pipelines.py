@@ -1,7 +1,7 @@
 """The named pipelines, as text."""
 
 JIT = (
-    "strip-guards,canonicalize-linear,annotate-outliers,select-scheme,rewrite-mixed-linear,"
+    "strip-guards,canonicalize-linear,select-scheme,annotate-outliers,rewrite-mixed-linear,"
     "share-quantize,fuse-epilogue,select-kernels,prune-dead-weights,verify"
 )
 """A Dynamo graph of an ordinary model; the backend's default."""

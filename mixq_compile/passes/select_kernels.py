@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch.fx import Node
 
-from mixq_compile.ir.annotations import annotations
+from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
 from mixq_compile.pipeline import Decision, Pass, PassContext
@@ -35,7 +35,7 @@ class SelectKernels(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({"kernels"})
 
     kernel: str = "auto"
-    """Name of a provider to use everywhere; auto takes the best one that supports a call."""
+    """Name of a provider to use for every operator that it implements; auto takes the best one."""
 
     def _query(self, graph: CapturedGraph, node: Node, op: str) -> providers.KernelQuery:
         source = node.args[SOURCE_ARGUMENT.get(op, 0)]
@@ -49,17 +49,23 @@ class SelectKernels(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each operator: the provider, and each refused one with its reason."""
-        for node in list(graph.graph.nodes):
+        for node in graph.walk():
             op = operator_name(node)
             if op is None or op not in providers.operators():
                 continue
-            query = self._query(graph, node, op)
-            if self.kernel == providers.AUTO:
-                chosen = providers.choose(query)
-                _, refused = providers.rejections(query)
-            else:
-                chosen, refused = providers.named(op, self.kernel), {}
+            chosen, refused = self._choose(self._query(graph, node, op))
             reason = f"mixq::{op} by {chosen.name}"
-            yield Decision.applied(node, reason, fqn=annotations(node).fqn, details={"refused": refused})
+            yield Decision.applied(node, reason, fqn=Annotations(node).fqn, details={"refused": refused})
             node.args = (*node.args[:-1], chosen.name)
-            annotations(node).kernel = chosen.name
+            Annotations(node).kernel = chosen.name
+
+    def _choose(self, query: providers.KernelQuery) -> tuple[providers.Provider, dict[str, str]]:
+        """The provider of one operator, and why others were refused."""
+        implementing = {entry.name for entry in providers.providers_of(query.op)}
+        if self.kernel == providers.AUTO or self.kernel not in implementing:
+            chosen = providers.choose(query)
+            _, refused = providers.rejections(query)
+            if self.kernel != providers.AUTO:
+                refused[self.kernel] = "does not implement this operator"
+            return chosen, refused
+        return providers.supporting(query, self.kernel), {}

@@ -3,31 +3,70 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
-from mixq_compile.ir.annotations import annotations
+from mixq_compile.errors import OptionError, ReleasedWeightError
+from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ir.linears import transposed_source
+from mixq_compile.ir.roles import LM_HEAD, OTHER, ROUTER
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme, get_scheme
 
+EMBEDDINGS = (nn.functional.embedding, torch.ops.aten.embedding.default)
 SMALLEST_FEATURES = 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGE_BATCH = 256
 """From this many rows on an integer product can win where it wins at all."""
+NEVER = {
+    LM_HEAD: "the output head stays in 16 or 32 bit",
+    ROUTER: "a router, or a product that no linear module owns",
+}
+"""Roles that are never quantized, and why."""
 
 
 def name_matches(fqn: str, pattern: str) -> bool:
     """True if the pattern is the name, one of its dotted parts, or a glob that fits it."""
     return fqn == pattern or pattern in fqn.split(".") or fnmatch.fnmatchcase(fqn, pattern)
+
+
+def ineligible(fqn: str, role: str, weight: Tensor, ignore: Sequence[str]) -> str | None:
+    """Why a linear of this name, role and weight is left alone whatever it would gain; None if it is not."""
+    pattern = next((entry for entry in ignore if name_matches(fqn, entry)), None)
+    if pattern is not None:
+        return f"ignored: its name matches {pattern!r}"
+    if role in NEVER:
+        return NEVER[role]
+    if weight.dtype not in FLOATS:
+        return f"its weight is {weight.dtype}, not a floating-point type that has kernels"
+    if min(weight.shape) < SMALLEST_FEATURES:
+        return f"too small: {tuple(weight.shape)}, and an integer product needs {SMALLEST_FEATURES} of each"
+    return None
+
+
+def not_faster(query: providers.KernelQuery, rows: Sequence[int], kernel: str = providers.AUTO) -> str | None:
+    """Why a linear would gain at none of these numbers of rows; None where it would, or nothing is known."""
+    if kernel == providers.AUTO:
+        chosen, refused = providers.rejections(query)
+        if chosen is None or chosen.name == "ref":
+            return "no fast kernel: " + "; ".join(f"{name}: {why}" for name, why in refused.items())
+    else:
+        chosen = providers.supporting(query, kernel)
+    if chosen.speedup is None:
+        return None
+    speedups = {count: chosen.speedup(query, count) for count in rows}
+    known = {count: ratio for count, ratio in speedups.items() if ratio is not None}
+    if not known or max(known.values()) >= 1.0:
+        return None
+    figures = ", ".join(f"{ratio:.2f}x at {count} rows" for count, ratio in known.items())
+    return f"not faster with {chosen.name}: {figures}"
 
 
 @dataclass(frozen=True)
@@ -45,103 +84,96 @@ class SelectScheme(Pass):
     layers: tuple[str, ...] = ()
     """`pattern=scheme` for single linears; the first that fits decides."""
     threshold: float | None = None
+    """Magnitude above which a column is kept in 16 bit; none: the scheme's."""
     capacity: int | None = None
+    """Most outlier columns of one linear; none: by its number of input channels."""
     miss: str | None = None
+    """What a new outlier column does; none: the scheme's policy."""
     force: bool = False
     """Quantize every eligible linear, even where it is not faster."""
     kernel: str = "auto"
     """The provider whose speed and support decide."""
 
     def scheme_for(self, fqn: str, role: str) -> QuantScheme:
-        """The scheme of a linear of this name and role, with this pass's outlier options applied."""
+        """The scheme of a linear of this name and role, with this pass's outlier options applied.
+
+        Raises OptionError for an entry of `layers` that is not `pattern=scheme`.
+        """
         chosen = self.default
         for entry in self.layers:
-            pattern, _, scheme = entry.rpartition("=")
+            pattern, equals, scheme = entry.rpartition("=")
+            if not equals:
+                raise OptionError(
+                    f"layers takes pattern=scheme, for example '*.down_proj=w8a8', not {entry!r}."
+                )
             if name_matches(fqn, pattern):
                 chosen = scheme
                 break
-        scheme = get_scheme(chosen)
-        if role in scheme.eight_bit_roles:
-            scheme = get_scheme("w8a8o16")
+        found = get_scheme(chosen)
+        if role in found.eight_bit_roles:
+            found = get_scheme("w8a8o16")
         changes = {"threshold": self.threshold, "capacity": self.capacity, "miss": self.miss}
-        return scheme.with_outliers(**{name: value for name, value in changes.items() if value is not None})
+        return found.with_outliers(**{name: value for name, value in changes.items() if value is not None})
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear."""
-        for node in graph.graph.nodes:
-            if node.target is not torch.ops.aten.linear.default:
-                continue
-            view = annotations(node)
-            scheme = self.scheme_for(view.fqn or "", view.role or "other")
-            reason = self._ineligible(graph, node) or self._unsupported(graph, node, scheme)
-            if reason is None and not self.force:
-                reason = self._slower(graph, node, scheme)
+        embedded = _embedding_weights(graph)
+        for node in graph.walk(torch.ops.aten.linear.default):
+            view = Annotations(node)
+            fqn = view.fqn or ""
+            scheme = self.scheme_for(fqn, view.role or OTHER)
+            weight = graph.tensor(graph.weight_parameter(node.args[1]))
+            released = (
+                weight is not None and context.weights is not None and context.weights.is_released(weight)
+            )
+            reason = self._ineligible(graph, node, weight, embedded)
+            if reason is None and not self.force and not released:
+                reason = self._not_faster(graph, node, scheme)
+            if reason is not None and released:
+                raise ReleasedWeightError(
+                    f"{fqn} would be left alone now ({reason}), but its weight was freed by "
+                    "options={'release_weights': True}. Load the model again, or compile it as before."
+                )
             if reason is not None:
-                yield Decision.skipped(node, reason, fqn=view.fqn)
+                yield Decision.skipped(node, reason, fqn=fqn)
                 view.skip = reason
                 continue
-            yield Decision.applied(node, f"scheme {scheme.name}", fqn=view.fqn)
+            yield Decision.applied(node, f"scheme {scheme.name}", fqn=fqn)
             view.scheme, view.parameters = scheme.name, scheme.to_json()
 
-    def _ineligible(self, graph: CapturedGraph, node: Node) -> str | None:
-        view = annotations(node)
-        pattern = next((entry for entry in self.ignore if name_matches(view.fqn or "", entry)), None)
-        if pattern is not None:
-            return f"ignored: its name matches {pattern!r}"
-        if view.role == "lm_head":
-            return "the output head stays in 16 or 32 bit"
-        matrix = node.args[1]
-        assert isinstance(matrix, Node)
-        weight = transposed_source(matrix) or matrix
-        tensor = graph.tensor(weight)
-        if tensor is None:
+    def _ineligible(
+        self, graph: CapturedGraph, node: Node, weight: Tensor | None, embedded: set[int]
+    ) -> str | None:
+        view = Annotations(node)
+        if view.skip is not None:
+            return view.skip
+        if weight is None:
             return "its weight is computed, not a parameter"
-        if view.role == "router":
-            return "a router, or a functional use that no nn.Linear owns"
-        if any(
-            reader.target in (nn.functional.embedding, torch.ops.aten.embedding.default)
-            for reader in weight.users
-        ):
-            return "its weight is tied to an embedding"
-        if tensor.dtype not in FLOATS:
-            return f"its weight is {tensor.dtype}, not a floating-point type that has kernels"
-        if graph.value(node.args[0]).dtype not in FLOATS:
-            return f"its input is {graph.value(node.args[0]).dtype}"
-        if min(tensor.shape) < SMALLEST_FEATURES:
-            return (
-                f"too small: {tuple(tensor.shape)}, and an integer product needs {SMALLEST_FEATURES} of each"
-            )
-        return None
+        reason = ineligible(view.fqn or "", view.role or OTHER, weight, self.ignore)
+        if reason is None and id(weight) in embedded:
+            reason = "its weight is tied to an embedding"
+        x = graph.value(node.args[0])
+        if reason is None and x.dtype not in FLOATS:
+            reason = f"its input is {x.dtype}, not a floating-point type that has kernels"
+        return reason
 
-    def _query(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> providers.KernelQuery:
+    def _not_faster(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> str | None:
         x, weight = graph.value(node.args[0]), graph.value(node.args[1])
-        op = "mixed_linear" if scheme.activation else "weight_only_linear"
         out_features, in_features = weight.shape
-        return providers.KernelQuery(op, x.device, x.dtype, scheme.weight.bits, in_features, out_features)
-
-    def _unsupported(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> str | None:
-        if self.kernel != providers.AUTO or self.force:
-            return None
-        chosen, refused = providers.rejections(self._query(graph, node, scheme))
-        if chosen is None or chosen.name == "ref":
-            return "no fast kernel: " + "; ".join(f"{name}: {why}" for name, why in refused.items())
-        return None
-
-    def _slower(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> str | None:
-        """Why the linear would not be faster; None where it is, or where nothing is known."""
-        query = self._query(graph, node, scheme)
-        provider = (
-            providers.choose(query)
-            if self.kernel == providers.AUTO
-            else providers.named(query.op, self.kernel)
+        query = providers.linear_query(
+            x, out_features, in_features, scheme.weight.bits, weight_only=scheme.activation is None
         )
-        if provider.speedup is None:
-            return None
-        fixed, traced = row_count(graph.value(node.args[0]))
+        fixed, traced = row_count(x)
         rows = [fixed] if fixed is not None else sorted({traced or LARGE_BATCH, LARGE_BATCH})
-        speedups = {m: provider.speedup(query, m) for m in rows}
-        known = {m: ratio for m, ratio in speedups.items() if ratio is not None}
-        if not known or max(known.values()) >= 1.0:
-            return None
-        figures = ", ".join(f"{ratio:.2f}x at {m} rows" for m, ratio in known.items())
-        return f"not faster with {provider.name}: {figures}"
+        return not_faster(query, rows, self.kernel)
+
+
+def _embedding_weights(graph: CapturedGraph) -> set[int]:
+    """ids of the parameters that an embedding reads."""
+    return {
+        id(tensor)
+        for node in graph.graph.nodes
+        if node.target in EMBEDDINGS
+        for source in node.all_input_nodes
+        if (tensor := graph.tensor(source)) is not None
+    }

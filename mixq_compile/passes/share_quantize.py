@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from mixq_compile.ir.annotations import annotations
+from mixq_compile.ir.annotations import Annotations
+from mixq_compile.ir.effects import is_in_place
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.pipeline import Decision, Pass, PassContext
@@ -20,16 +21,18 @@ from mixq_compile.scheme import QuantScheme
 mixq = torch.ops.mixq
 STATE_ARGUMENTS = {mixq.quantize.default: (0, 1, 3), mixq.quantize_online.default: (0, 1, 2, 3, 4)}
 """Which of STATE_FIELDS an operator takes, from its second argument on."""
+REFRESH_LISTS = slice(3, 8)
+"""The arguments of refresh_outlier_weights that hold one item for each linear."""
 
 
 def _policy_key(node: Node) -> str:
     """What must be equal for two quantizations of one value to be the same."""
-    view = annotations(node)
+    view = Annotations(node)
     return json.dumps(
         {
             "operator": str(node.target),
             "arguments": [argument for argument in node.args if not isinstance(argument, Node)],
-            "outliers": (view.parameters or {}).get("outliers"),
+            "policy": view.policy,
             "columns": view.outlier_columns,
         }
     )
@@ -46,6 +49,25 @@ def _refresh_of(node: Node) -> Node | None:
     return next((user for user in readers if user.target is mixq.refresh_outlier_weights.default), None)
 
 
+def _may_alias(node: object, value: Node) -> bool:
+    """True where a node is a value, or was made from it along first arguments, as views are."""
+    while isinstance(node, Node):
+        if node is value:
+            return True
+        node = node.args[0] if node.args else None
+    return False
+
+
+def _is_written_between(value: Node, first: Node, last: Node) -> bool:
+    """True where a call between two nodes may change the value in place."""
+    node = first
+    while node is not last:
+        if is_in_place(node) and node.args and _may_alias(node.args[0], value):
+            return True
+        node = node.next
+    return False
+
+
 @dataclass(frozen=True)
 class ShareQuantize(Pass):
     """Merges quantizations of one value: n readers, one quantize node."""
@@ -59,39 +81,36 @@ class ShareQuantize(Pass):
         for node in graph.graph.nodes:
             if node.target in STATE_ARGUMENTS:
                 by_value[node.args[0]].append(node)
-        for nodes in by_value.values():
+        for value, nodes in by_value.items():
             groups: dict[str, list[Node]] = defaultdict(list)
             for node in nodes:
                 groups[_policy_key(node)].append(node)
             if len(groups) > 1:
                 for members in groups.values():
                     reason = "reads a value that others quantize with another scheme, policy or columns"
-                    yield Decision.skipped(members[0], reason, fqn=annotations(members[0]).fqn)
+                    yield Decision.skipped(members[0], reason, fqn=Annotations(members[0]).fqn)
             for first, *others in groups.values():
                 for other in others:
-                    reason = f"shares the quantization of {annotations(first).fqn}"
-                    yield Decision.applied(other, reason, fqn=annotations(other).fqn)
+                    fqn = Annotations(other).fqn
+                    if _is_written_between(value, first, other):
+                        reason = "the value is changed in place between the two"
+                        yield Decision.skipped(other, reason, fqn=fqn)
+                        continue
+                    reason = f"shares the quantization of {Annotations(first).fqn}"
+                    yield Decision.applied(other, reason, fqn=fqn)
                     self._merge(graph, context, first, other)
 
     def _merge(self, graph: CapturedGraph, context: PassContext, first: Node, other: Node) -> None:
         self._join_states(graph, context, first, other)
         kept_refresh, other_refresh = _refresh_of(first), _refresh_of(other)
         if kept_refresh is not None and other_refresh is not None:
-            # The readers' weights come before every product that reads them, so the first place is early enough.
-            lists = [
-                [*kept_refresh.args[place], *other_refresh.args[place]]  # type: ignore[misc]
-                for place in range(3, 8)
-            ]
-            self._hoist(graph, kept_refresh, lists)
-            kept_refresh.args = (*kept_refresh.args[:3], *lists, *kept_refresh.args[8:])
-            graph.graph.erase_node(other_refresh)
+            self._join_refreshes(graph, kept_refresh, other_refresh)
         kept = _getitems(first)
         for place, item in _getitems(other).items():
             if place not in kept:
                 with graph.graph.inserting_after(first):
                     kept[place] = graph.getitem(first, place)
-            item.replace_all_uses_with(kept[place])
-            graph.graph.erase_node(item)
+            graph.replace(item, kept[place])
         graph.graph.erase_node(other)
 
     def _join_states(self, graph: CapturedGraph, context: PassContext, first: Node, other: Node) -> None:
@@ -99,31 +118,49 @@ class ShareQuantize(Pass):
         places = STATE_ARGUMENTS[first.target]  # type: ignore[index]
         mine: list[Node] = list(first.args[1 : 1 + len(places)])  # type: ignore[arg-type]
         theirs: list[Node] = list(other.args[1 : 1 + len(places)])  # type: ignore[arg-type]
-        view = annotations(first)
+        view = Annotations(first)
         joined = mine
         if view.readers is not None:
-            weights = [*view.readers, *(annotations(other).readers or ())]
-            view.readers = weights
-            nodes = {node.name: node for node in graph.graph.nodes}
-            state = context.weights.state(
-                [graph.tensor(nodes[name]) for name in weights],  # type: ignore[misc]
-                QuantScheme.from_json(view.parameters or {}),
-                graph.value(first.args[0]).shape[-1],
-                view.outlier_columns,
-                view.absmax,
-            )
-            stem = graph.parameter_name(nodes[weights[0]])
-            joined = [
-                graph.attach(f"{stem}.shared.{STATE_FIELDS[place]}", state.buffers()[place])
-                for place in places
-            ]
+            view.readers = [*view.readers, *(Annotations(other).readers or ())]
+            joined = self._shared_state(graph, context, first, places)
         else:
             for node, bound in zip(mine, theirs, strict=True):
-                context.weights.bind(graph.tensor(node), graph.tensor(bound))  # type: ignore[arg-type]
+                if node is not bound:
+                    context.weights.bind(graph.tensor(node), graph.tensor(bound))
         for nodes_before in (mine, theirs):
             for old, new in zip(nodes_before, joined, strict=True):
                 if old is not new:
                     old.replace_all_uses_with(new)
+
+    def _shared_state(
+        self, graph: CapturedGraph, context: PassContext, first: Node, places: tuple[int, ...]
+    ) -> list[Node]:
+        """The buffers of the state that all readers of a quantization share."""
+        view = Annotations(first)
+        nodes = {node.name: node for node in graph.graph.nodes}
+        weights = [nodes[name] for name in view.readers or ()]
+        state = context.weights.state(
+            [graph.tensor(node) for node in weights],
+            QuantScheme.from_json(view.parameters or {}),
+            graph.value(first.args[0]).shape[-1],
+            view.outlier_columns,
+            view.absmax,
+        )
+        stem = graph.parameter_name(weights[0])
+        return [
+            graph.attach(f"{stem}.shared.{STATE_FIELDS[place]}", state.buffers()[place]) for place in places
+        ]
+
+    def _join_refreshes(self, graph: CapturedGraph, kept: Node, other: Node) -> None:
+        """Lets the first refresh serve both: the weights come before every product that reads them."""
+        mine, theirs = kept.args[REFRESH_LISTS], other.args[REFRESH_LISTS]
+        # One weight that reads the value twice must not be written twice.
+        if theirs[0][0] not in mine[0]:  # type: ignore[index,operator]
+            lists = [[*one, *another] for one, another in zip(mine, theirs, strict=True)]  # type: ignore[misc]
+            self._hoist(graph, kept, lists)
+            start, stop = REFRESH_LISTS.start, REFRESH_LISTS.stop
+            kept.args = (*kept.args[:start], *lists, *kept.args[stop:])
+        graph.graph.erase_node(other)
 
     def _hoist(self, graph: CapturedGraph, before: Node, lists: list[list[Node]]) -> None:
         """Moves views of parameters that stand after `before` to just before it."""

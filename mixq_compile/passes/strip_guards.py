@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -23,9 +23,9 @@ ASSERTIONS = (
 def _is_idle_dropout(node: Node) -> bool:
     """True for a dropout that passes its input through because it is not training."""
     if node.target is torch.nn.functional.dropout:
-        probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-        return training is False or probability == 0.0
+        probability: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+        training: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+        return training is False or (isinstance(probability, (int, float)) and probability == 0)
     if node.target is torch.ops.aten.dropout.default:
         return node.args[2] is False
     return False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixq_compile.errors import CheckpointError
+from mixq_compile.ir.roles import role_of
 from mixq_compile.runtime.compilation import LinearRecord, remember_swap
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.scheme import QuantScheme
@@ -17,6 +18,7 @@ from mixq_compile.scheme import QuantScheme
 SCHEMA_VERSION = 1
 MANIFEST = "mixq.json"
 TENSORS = "model.safetensors"
+GENERATION = "generation_config.json"
 
 
 def _describe(module: MixqLinear) -> dict[str, Any]:
@@ -53,7 +55,11 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    swapped = {name: module for name, module in model.named_modules() if isinstance(module, MixqLinear)}
+    swapped = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, MixqLinear)
+    }
     if not swapped:
         raise CheckpointError(
             "the model has no MixqLinear to save: call mixq_compile.quantize(model) first, or use "
@@ -62,7 +68,7 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "save_pretrained"):
         raise CheckpointError(
-            f"a {type(model).__name__} has no transformers config: save its state_dict() with torch.save instead."
+            f"a {type(model).__name__} has no transformers config: save its state_dict() with torch.save."
         )
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
@@ -86,14 +92,14 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} holds no {MANIFEST}: it is not a directory that mixq_compile.save_pretrained wrote. "
+            f"{directory} holds no {MANIFEST}: mixq_compile.save_pretrained did not write it. "
             "Quantize the model first: mixq quantize MODEL --output DIR."
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         version = manifest["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is corrupt ({error}): quantize the model again.") from error
+        raise _corrupt(path, error) from error
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{path} has schema version {version}, and this release reads {SCHEMA_VERSION}: quantize again."
@@ -101,57 +107,93 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def _corrupt(path: Path, error: Exception) -> CheckpointError:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+    return CheckpointError(f"{path} is corrupt ({reason}): quantize the model again.")
+
+
+def _empty_linear(entry: dict[str, Any]) -> MixqLinear:
+    """The MixqLinear that a manifest describes, still without weights."""
+    module = MixqLinear(
+        entry["in_features"],
+        entry["out_features"],
+        QuantScheme.from_json(entry["scheme"]),
+        bias=entry["bias"],
+        dtype=getattr(torch, entry["dtype"]),
+        batch_invariant=entry["batch_invariant"],
+    )
+    module.calibrated = tuple((int(column), float(value)) for column, value in entry["calibrated"])
+    return module
+
+
+def _record(name: str, module: MixqLinear) -> LinearRecord:
+    return LinearRecord(
+        fqn=name,
+        role=role_of(name),
+        out_features=module.out_features,
+        in_features=module.in_features,
+        scheme=module.scheme.name,
+        kernel=None,
+        skip=None,
+        outlier_source=module.outlier_weight_source,
+        float_bytes=module.out_features * module.in_features * module.weight_marker.element_size(),
+    )
+
+
+def _empty_model(source: Path, manifest: dict[str, Any]) -> nn.Module:
+    """The model of a directory's config, in the manifest's dtype."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _corrupt(source / "config.json", error) from error
+    architecture = getattr(transformers, manifest["architecture"], None)
+    if architecture is None:
+        raise CheckpointError(f"this transformers has no {manifest['architecture']!r}: install a newer one.")
+    model: nn.Module = architecture._from_config(config, dtype=getattr(torch, manifest["dtype"]))
+    if (source / GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source)  # type: ignore[assignment]
+    return model
+
+
 def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """Loads a directory that `save_pretrained` wrote; the model is in evaluation mode.
 
     Raises CheckpointError where a file is missing, corrupt, or does not fit the others.
     """
-    import transformers
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     source = Path(directory)
     manifest = _read_manifest(source)
-    config = transformers.AutoConfig.from_pretrained(source)
-    architecture = getattr(transformers, manifest["architecture"], None)
-    if architecture is None:
-        raise CheckpointError(f"this transformers has no {manifest['architecture']!r}: install a newer one.")
-    model = architecture._from_config(config, dtype=getattr(torch, manifest["dtype"]))
     records = []
-    for name, entry in manifest["linears"].items():
-        scheme = QuantScheme.from_json(entry["scheme"])
-        module = MixqLinear(
-            entry["in_features"], entry["out_features"], scheme,
-            bias=entry["bias"], dtype=getattr(torch, entry["dtype"]), batch_invariant=entry["batch_invariant"],
-        )  # fmt: skip
-        module.calibrated = tuple((int(column), float(value)) for column, value in entry["calibrated"])
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
-        records.append(
-            LinearRecord(
-                fqn=name, role="", out_features=module.out_features, in_features=module.in_features,
-                scheme=scheme.name, kernel=None, skip=None, outlier_source="codes",
-                float_bytes=module.out_features * module.in_features * module.weight_marker.element_size(),
-            )
-        )  # fmt: skip
+    try:
+        model = _empty_model(source, manifest)
+        for name, entry in manifest["linears"].items():
+            module = _empty_linear(entry)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module)
+            records.append(_record(name, module))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _corrupt(source / MANIFEST, error) from error
     try:
         tensors = load_file(source / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{source / TENSORS} cannot be read ({error}): quantize the model again."
-        ) from error
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    model.tie_weights()
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
-        name for name, _ in model.named_parameters()
-    }
-    untied = [
-        name for name in missing if name not in tied and name not in getattr(model, "_tied_weights_keys", ())
-    ]
-    if unexpected or untied:
-        wrong = ", ".join([*unexpected, *untied][:5])
-        raise CheckpointError(
-            f"{source / TENSORS} does not fit its config: {wrong}. Quantize the model again."
-        )
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise _corrupt(source / TENSORS, error) from error
+    _check_complete(model, source / TENSORS, missing, unexpected)
     remember_swap(model, records)
-    return model.eval().to(device)  # type: ignore[no-any-return]
+    return model.eval().to(device)
+
+
+def _check_complete(model: nn.Module, path: Path, missing: list[str], unexpected: list[str]) -> None:
+    """Ties what the model ties. Raises CheckpointError where tensors are missing or left over."""
+    model.tie_weights()  # type: ignore[operator]
+    first_names = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names
+    wrong = [*unexpected, *(name for name in missing if name not in tied)]
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit the files beside it: {', '.join(wrong[:5])}. Quantize the model again."
+        )

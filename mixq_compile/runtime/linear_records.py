@@ -3,42 +3,53 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mixq_compile.ir.annotations import annotations
+from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ir.linears import transposed_source
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.runtime.compilation import LinearRecord
 from mixq_compile.runtime.weight_store import STORE
 
-mixq = torch.ops.mixq
-QUANTIZATIONS = (mixq.quantize.default, mixq.quantize_online.default)
+aten, mixq = torch.ops.aten, torch.ops.mixq
 PRODUCTS = {mixq.mixed_linear.default: 1, mixq.mixed_gemm.default: 0, mixq.weight_only_linear.default: None}
 """Where a product takes its codes; None where it takes none."""
 
 
-def _state_of(graph: CapturedGraph, product: Node, weight: Tensor) -> tuple[OutlierState | None, bool]:
-    """The outlier state behind a product, and whether its outlier weights come from the 16-bit weight."""
+def _quantization_of(product: Node) -> Node | None:
+    """The quantize node behind a product; None for a weight-only one."""
     place = PRODUCTS[product.target]  # type: ignore[index]
-    if place is None:
-        return None, False
-    codes = product.args[place]
-    assert isinstance(codes, Node)
-    quantized = codes.args[0]
-    assert isinstance(quantized, Node)
-    index = graph.tensor(quantized.args[1])  # type: ignore[arg-type]
-    state = next((state for state in STORE.states([weight]) if state.index is index), None)
-    refresh = next(
-        (user for user in codes.users if user.target is mixq.refresh_outlier_weights.default), None
-    )
-    if refresh is None:
-        return state, True
-    originals = [graph.value(node) for node in refresh.args[7]]  # type: ignore[union-attr]
-    return state, all(value.numel() > 0 for value in originals)
+    codes: Any = product.args[place] if place is not None else None
+    return None if codes is None else codes.args[0]
+
+
+def _state_of(graph: CapturedGraph, quantized: Node, weight: Tensor) -> OutlierState | None:
+    index = graph.tensor(quantized.args[1])
+    return next((state for state in STORE.states([weight]) if state.index is index), None)
+
+
+def _outlier_source(graph: CapturedGraph, quantized: Node) -> str | None:
+    """Where a product's outlier weights come from; None where it has no outlier slots."""
+    policy = Annotations(quantized).policy
+    if policy is None:
+        return None
+    if policy["miss"] == "static":
+        return "original"
+    codes = next(user for user in quantized.users if user.args[1] == 0)
+    refresh = next(user for user in codes.users if user.target is mixq.refresh_outlier_weights.default)
+    originals: Any = refresh.args[7]
+    return "original" if all(graph.value(node).numel() for node in originals) else "codes"
+
+
+def _features(graph: CapturedGraph, node: Node) -> tuple[int, int]:
+    """Outputs and inputs of a linear, from its result and the value that it reads."""
+    result = graph.value(node)
+    result = result[0] if isinstance(result, tuple) else result
+    return int(result.shape[-1]), int(graph.value(node.args[0]).shape[-1])
 
 
 def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
@@ -46,38 +57,34 @@ def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
     nodes = {node.name: node for node in graph.graph.nodes}
     found = []
     for node in graph.graph.nodes:
-        view = annotations(node)
-        if node.target is torch.ops.aten.linear.default:
-            matrix = node.args[1]
-            parameter = transposed_source(matrix) or matrix
-        elif node.target in PRODUCTS and view.readers:
-            parameter = nodes[view.readers[0]]
+        view = Annotations(node)
+        quantized = node.target in PRODUCTS and view.readers is not None
+        if not quantized and node.target is not aten.linear.default and view.skip is None:
+            continue
+        if node.target is aten.linear.default:
+            weight = graph.tensor(graph.weight_parameter(node.args[1]))
         else:
-            continue
-        weight = graph.tensor(parameter)
-        if weight is None:
-            continue
-        rows, columns = weight.shape
-        swapped = parameter is not (
-            node.args[1] if node.target is torch.ops.aten.linear.default else parameter
+            weight = graph.tensor(nodes[view.readers[0]]) if view.readers else None
+        grouped = weight is not None and weight.dim() > 2
+        features = weight.shape[-2:] if weight is not None and grouped else _features(graph, node)
+        quantization = _quantization_of(node) if quantized else None
+        state = (
+            _state_of(graph, quantization, weight)
+            if quantization is not None and weight is not None
+            else None
         )
-        skipped = node.target is torch.ops.aten.linear.default
-        state, from_original = (None, False) if skipped else _state_of(graph, node, weight)
-        packed = next(iter(STORE.packed(weight)), None)
-        if packed is not None and packed.transposed:
-            swapped = True
         found.append(
             LinearRecord(
                 fqn=view.fqn or graph.fqn(node),
                 role=view.role or "other",
-                out_features=columns if swapped else rows,
-                in_features=rows if swapped else columns,
-                scheme=None if skipped else view.scheme,
+                out_features=features[0],
+                in_features=features[1],
+                scheme=view.scheme if quantized else None,
                 kernel=view.kernel,
-                skip=view.skip if skipped else None,
-                outlier_source=None if state is None else "original" if from_original else "codes",
-                float_bytes=weight.numel() * weight.element_size(),
-                weight=weakref.ref(weight),
+                skip=None if quantized else view.skip or "no pass looked at it",
+                outlier_source=_outlier_source(graph, quantization) if quantization is not None else None,
+                float_bytes=weight.nbytes if weight is not None else 0,
+                weight=weakref.ref(weight) if weight is not None else None,
                 state=weakref.ref(state) if state is not None else None,
             )
         )

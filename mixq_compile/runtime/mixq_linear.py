@@ -100,11 +100,10 @@ class MixqLinear(nn.Module):
         `columns` are calibrated outlier columns; their 16-bit weights are kept. `keep_original` keeps
         the whole 16-bit weight as the source of columns found later (twice the memory, smaller error).
         """
-        weight = linear.weight.detach()
-        if not isinstance(linear, nn.Linear):
-            weight = weight.t()
+        parameter: Tensor = linear.weight  # type: ignore[assignment]
+        weight = parameter.detach() if isinstance(linear, nn.Linear) else parameter.detach().t()
         out_features, in_features = weight.shape
-        bias = linear.bias
+        bias: Tensor | None = linear.bias  # type: ignore[assignment]
         module = cls(
             in_features, out_features, scheme,
             bias=bias is not None, dtype=weight.dtype, device=weight.device, batch_invariant=batch_invariant,
@@ -128,8 +127,17 @@ class MixqLinear(nn.Module):
     def outlier_state(self) -> OutlierState:
         """A view of this module's outlier buffers."""
         threshold = self.scheme.outliers.threshold if self.scheme.outliers else float("inf")
-        buffers = (getattr(self, name) for name in STATE_FIELDS)
-        return OutlierState(*buffers, threshold=threshold, calibrated=self.calibrated)
+        buffers = {name: getattr(self, name) for name in STATE_FIELDS}
+        return OutlierState(**buffers, threshold=threshold, calibrated=self.calibrated)
+
+    @property
+    def outlier_weight_source(self) -> str | None:
+        """Where the weights of outlier columns come from: `original`, `codes`, or None without slots."""
+        policy = self.scheme.outliers
+        if policy is None:
+            return None
+        fixed = bool(self.calibrated) and policy.miss in ("static", "frozen")
+        return "original" if fixed or self.outlier_source.numel() else "codes"
 
     @property
     def weight(self) -> Tensor:

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mixq_compile.calibration.statistics import CalibrationStats
 from mixq_compile.errors import OptionError, unknown_name
+from mixq_compile.ops.providers import AUTO, provider_names
 from mixq_compile.pipeline import Pipeline
 from mixq_compile.runtime import torch_compat
-from mixq_compile.scheme import MISS_POLICIES, OutlierPolicy, QuantScheme, get_scheme, scheme_names
+from mixq_compile.scheme import (
+    DEFAULT_THRESHOLD,
+    MISS_POLICIES,
+    OutlierPolicy,
+    QuantScheme,
+    get_scheme,
+    scheme_names,
+)
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
 ON_ERROR = ("raise", "fallback")
+_SWITCHES = ("force", "batch_invariant", "release_weights")
+_NAMES: dict[str, Callable[[], Sequence[str]]] = {
+    "scheme": scheme_names,
+    "miss": lambda: MISS_POLICIES,
+    "lowering": lambda: LOWERINGS,
+    "on_error": lambda: ON_ERROR,
+    "mode": torch_compat.mode_names,
+    "kernel": lambda: (AUTO, *provider_names()),
+}
+"""Options that are one of several names, and what gives the valid ones."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +75,43 @@ class MixqOptions:
     """Inductor configuration to pass on, such as {"max_autotune": True}."""
 
     def __post_init__(self) -> None:
-        defaults = get_scheme(self.scheme).outliers or OutlierPolicy()
-        if self.miss is not None and self.miss not in MISS_POLICIES:
-            raise unknown_name("miss policy", self.miss, MISS_POLICIES)
-        OutlierPolicy(
-            threshold=defaults.threshold if self.threshold is None else self.threshold,
-            capacity=self.capacity,
-        )
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        for name, valid in _NAMES.items():
+            value = getattr(self, name)
+            if value is not None and value not in valid():
+                raise unknown_name(name, value, valid())
         for _, scheme in self.layers:
             if scheme not in scheme_names():
                 raise unknown_name("scheme", scheme, scheme_names())
-        if self.lowering not in LOWERINGS:
-            raise unknown_name("lowering", self.lowering, LOWERINGS)
-        if self.on_error not in ON_ERROR:
-            raise unknown_name("on_error", self.on_error, ON_ERROR)
-        if self.mode is not None and self.mode not in torch_compat.mode_names():
-            raise unknown_name("mode", self.mode, torch_compat.mode_names())
+        OutlierPolicy(
+            threshold=DEFAULT_THRESHOLD if self.threshold is None else self.threshold, capacity=self.capacity
+        )
         if self.pipeline is not None:
             Pipeline.parse(self.pipeline).build()
-        needs_stats = self.miss == "static" and self.stats is None
-        if needs_stats and self.quant_scheme.outliers is not None:
+        if self.miss == "static" and self.stats is None and self.quant_scheme.outliers is not None:
             raise OptionError(
                 "the policy 'static' takes its outlier columns from calibration, and no stats were given: "
-                "pass stats=mixq.calibrate(model, batches), or another policy (the default is 'exact')."
+                "pass stats=mixq_compile.calibrate(model, batches), or another policy (default: 'exact')."
             )
+        if self.release_weights:
+            self.check_codes_only("release_weights, which an export implies, frees")
+
+    def check_codes_only(self, what_frees: str) -> None:
+        """Raises OptionError where new outlier columns would have to be rebuilt from 4-bit codes.
+
+        `what_frees` begins the sentence: what frees the 16-bit weights.
+        """
+        fixed = self.stats is not None and self.miss in ("static", "frozen")
+        for name in (self.scheme, *(scheme for _, scheme in self.layers)):
+            scheme = get_scheme(name)
+            if scheme.weight.bits == 4 and scheme.outliers is not None and not fixed:
+                raise OptionError(
+                    f"{what_frees} the 16-bit weights, and {name} needs them for outlier columns that it "
+                    "finds while running: 4-bit codes are too coarse for those. Calibrate, and pass stats "
+                    "with miss='static'; or keep the 16-bit weights."
+                )
 
     @property
     def quant_scheme(self) -> QuantScheme:
@@ -103,8 +134,10 @@ class MixqOptions:
         for name in given:
             if name not in valid:
                 raise unknown_name("option", name, valid)
-        if mode is not None:
-            given["mode"] = mode
+        if mode is not None and given.setdefault("mode", mode) != mode:
+            raise OptionError(
+                f"the mode is given twice, as {mode!r} and as option {given['mode']!r}: give one."
+            )
         stats = given.get("stats")
         if isinstance(stats, (str, os.PathLike)):
             given["stats"] = CalibrationStats.load(Path(stats))
@@ -112,17 +145,42 @@ class MixqOptions:
             raise OptionError(
                 f"stats must be CalibrationStats or the path of a file of them, not {type(stats).__name__}."
             )
-        if isinstance(given.get("ignore"), str):
-            given["ignore"] = tuple(part for part in given["ignore"].split(",") if part)
-        elif "ignore" in given:
-            given["ignore"] = tuple(given["ignore"])
-        layers = given.get("layers", ())
-        given["layers"] = tuple(layers.items() if isinstance(layers, Mapping) else map(tuple, layers))
+        if "ignore" in given:
+            given["ignore"] = _names_in(given["ignore"])
+        if "layers" in given:
+            given["layers"] = _pairs_in(given["layers"])
         if isinstance(given.get("scheme"), QuantScheme):
-            given["scheme"] = given["scheme"].name
+            given["scheme"] = _registered_name(given["scheme"])
         return cls(**given)
 
     def inductor_patches(self) -> dict[str, Any]:
         """Inductor's configuration for these options."""
         patches = torch_compat.mode_patches(self.mode) if self.mode else {}
         return {**patches, **self.inductor}
+
+
+def _names_in(ignore: Any) -> tuple[str, ...]:
+    names = ignore.split(",") if isinstance(ignore, str) else ignore
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(
+        isinstance(name, str) for name in names
+    ):
+        raise OptionError(f"ignore takes names of linears, for example ['lm_head'], not {ignore!r}.")
+    return tuple(name for name in names if name)
+
+
+def _pairs_in(layers: Any) -> tuple[tuple[str, str], ...]:
+    pairs = layers.items() if isinstance(layers, Mapping) else layers
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise OptionError(
+            f"layers takes {{pattern: scheme}}, for example {{'*.down_proj': 'w8a8'}}, not {layers!r}."
+        )
+    return tuple((str(pattern), scheme) for pattern, scheme in pairs)
+
+
+def _registered_name(scheme: QuantScheme) -> str:
+    if scheme.name not in scheme_names() or get_scheme(scheme.name) != scheme:
+        raise OptionError(
+            f"scheme {scheme.name!r} is not one of the registered ones: give a name, and threshold, capacity "
+            f"and miss as options. Valid: {', '.join(scheme_names())}."
+        )
+    return scheme.name

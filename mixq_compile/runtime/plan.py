@@ -4,46 +4,57 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from mixq_compile import ops  # noqa: F401  # defines torch.ops.mixq
+from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline import Pipeline
 from mixq_compile.runtime.options import MixqOptions
-from mixq_compile.scheme import get_scheme
+
+_DEFAULTS = MixqOptions()
+_HASH_LENGTH = 16
 
 
 def _pass_options(options: MixqOptions) -> dict[str, dict[str, Any]]:
-    scheme = get_scheme(options.scheme)
-    four_bit_activation = scheme.activation is not None and scheme.activation.bits == 4
+    """What each pass is told, by the names of its options."""
     return {
-        "annotate-outliers": {
-            "stats": options.stats.sha256()[:16] if options.stats is not None else None,
-            "threshold": options.threshold,
-            "capacity": options.capacity,
-            "choose": "largest" if four_bit_activation else None,
-        },
         "select-scheme": {
             "default": options.scheme,
             "ignore": options.ignore,
-            "layers": tuple(f"{pattern}={name}" for pattern, name in options.layers) or None,
+            "layers": tuple(f"{pattern}={name}" for pattern, name in options.layers),
             "threshold": options.threshold,
             "capacity": options.capacity,
             "miss": options.miss,
-            "force": options.force or None,
-            "kernel": None if options.kernel == "auto" else options.kernel,
+            "force": options.force,
+            "kernel": options.kernel,
         },
+        "annotate-outliers": {"stats": options.stats.sha256()[:_HASH_LENGTH] if options.stats else None},
         "rewrite-mixed-linear": {
-            "originals": False if options.release_weights else None,
-            "batch_invariant": options.batch_invariant or None,
-            "kernel": None if options.kernel == "auto" else options.kernel,
+            "originals": not options.release_weights,
+            "batch_invariant": options.batch_invariant,
+            "kernel": options.kernel,
         },
-        "select-kernels": {"kernel": None if options.kernel == "auto" else options.kernel},
+        "select-kernels": {"kernel": options.kernel},
     }
 
 
+def default_pipeline(graph: CapturedGraph, ordinary: str = "jit") -> str:
+    """The pipeline of a graph: that of a model whose linears `quantize` swapped, or an ordinary one's."""
+    swapped = any(node.target is torch.ops.mixq.linear.default for node in graph.graph.nodes)
+    return "swapped" if swapped else ordinary
+
+
 def pipeline_for(options: MixqOptions, default: str) -> Pipeline:
-    """The pipeline of these options: theirs, or the named default, with pass options filled in."""
+    """The pipeline of these options: theirs, or the named default.
+
+    Options that differ from their defaults are told to the passes; the others are as the pipeline's
+    text has them.
+    """
     pipeline = Pipeline.parse(options.pipeline or default)
-    present = {entry.name for entry in pipeline.passes}
+    present = {step.name for step in pipeline.passes}
+    unchanged = _pass_options(_DEFAULTS)
     for name, given in _pass_options(options).items():
-        changes = {key: value for key, value in given.items() if value is not None}
+        changes = {key: value for key, value in given.items() if value != unchanged[name][key]}
         if name in present and changes:
             pipeline = pipeline.with_options(name, **changes)
     return pipeline

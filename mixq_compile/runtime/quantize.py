@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixq_compile.errors import MixqError, OptionError
-from mixq_compile.ir.roles import role_of
+from mixq_compile.ir.roles import OTHER, role_of
 from mixq_compile.ops import providers
-from mixq_compile.passes.select_scheme import SMALLEST_FEATURES, name_matches
+from mixq_compile.passes.annotate_outliers import calibrated_columns
+from mixq_compile.passes.canonicalize_linear import GROUPED
+from mixq_compile.passes.select_scheme import LARGE_BATCH, SelectScheme, ineligible, not_faster
 from mixq_compile.runtime.compilation import LinearRecord, remember_swap
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.options import MixqOptions
-from mixq_compile.scheme import QuantScheme, get_scheme
+from mixq_compile.runtime.plan import pipeline_for
+from mixq_compile.scheme import QuantScheme
 
-log = logging.getLogger(__name__)
+ALLOWED = ("batch_invariant", "capacity", "force", "ignore", "layers", "miss", "stats", "threshold")
+"""The options of MixqOptions that a swap takes, beside the scheme."""
+TIED = "its weight is tied to another module's"
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -36,64 +40,6 @@ def linears_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _scheme_for(fqn: str, role: str, options: MixqOptions) -> QuantScheme:
-    name = next((scheme for pattern, scheme in options.layers if name_matches(fqn, pattern)), options.scheme)
-    scheme = get_scheme(name)
-    if role in scheme.eight_bit_roles:
-        scheme = get_scheme("w8a8o16")
-    changes = {"threshold": options.threshold, "capacity": options.capacity, "miss": options.miss}
-    return scheme.with_outliers(**{key: value for key, value in changes.items() if value is not None})
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape
-    return (columns, rows) if is_conv1d(module) else (rows, columns)
-
-
-def _why_not(fqn: str, module: nn.Module, role: str, tied: set[int], options: MixqOptions) -> str | None:
-    pattern = next((entry for entry in options.ignore if name_matches(fqn, entry)), None)
-    if pattern is not None:
-        return f"ignored: its name matches {pattern!r}"
-    if role == "lm_head":
-        return "the output head stays in 16 or 32 bit"
-    if role == "router":
-        return "a router: its choice of experts must not change"
-    if id(module.weight) in tied:
-        return "its weight is tied to another module's"
-    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its weight is {module.weight.dtype}, not a floating-point type that has kernels"
-    if min(module.weight.shape) < SMALLEST_FEATURES:
-        return f"too small: {tuple(module.weight.shape)}, and an integer product needs {SMALLEST_FEATURES} of each"
-    return None
-
-
-def _tied_weights(model: nn.Module) -> set[int]:
-    seen: set[int] = set()
-    tied: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (tied if id(parameter) in seen else seen).add(id(parameter))
-    return tied
-
-
-def _slower(module: nn.Module, scheme: QuantScheme, options: MixqOptions) -> str | None:
-    """Why a linear would not gain, measured at 256 rows; None where it would, or nothing is known."""
-    out_features, in_features = _shape(module)
-    op = "mixed_linear" if scheme.activation else "weight_only_linear"
-    weight = module.weight
-    query = providers.KernelQuery(
-        op, weight.device, weight.dtype, scheme.weight.bits, in_features, out_features
-    )
-    chosen, refused = providers.rejections(query)
-    if chosen is None or chosen.name == "ref":
-        return "no fast kernel: " + "; ".join(f"{name}: {why}" for name, why in refused.items())
-    ratio = chosen.speedup(query, 256) if chosen.speedup else None
-    if ratio is not None and ratio < 1.0:
-        return f"not faster with {chosen.name}: {ratio:.2f}x at 256 rows"
-    return None
-
-
 def quantize(
     model: nn.Module, scheme: str = "w8a8o16", *, keep_originals: bool = False, **options: Any
 ) -> nn.Module:
@@ -109,39 +55,21 @@ def quantize(
     Raises OptionError for wrong options, StatisticsError for statistics of another model; warns
     where nothing was swapped.
     """
-    allowed = {"stats", "threshold", "capacity", "miss", "ignore", "layers", "batch_invariant", "force"}
-    if wrong := set(options) - allowed:
-        raise OptionError(
-            f"quantize takes no option {sorted(wrong)[0]!r}. Valid: {', '.join(sorted(allowed))}."
-        )
+    for name in options:
+        if name not in ALLOWED:
+            raise OptionError(f"quantize takes no option {name!r}. Valid: {', '.join(ALLOWED)}.")
     chosen = MixqOptions.from_user(options={"scheme": scheme, "force": True, **options})
-    linears = linears_of(model)
+    if not keep_originals:
+        chosen.check_codes_only("quantize without keep_originals frees")
+    if type(model) is nn.Linear or is_conv1d(model):
+        raise MixqError(
+            "the model is a single linear and cannot be swapped in place: wrap it in nn.Sequential."
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise MixqError("the model is on the meta device and has no weights to quantize: load them first.")
-    stats = chosen.stats
-    if stats is not None:
-        stats.check_model({name: _shape(module)[1] for name, module in linears.items()})
-    tied = _tied_weights(model)
-    records = []
-    for fqn, module in linears.items():
-        role = role_of(fqn)
-        layer_scheme = _scheme_for(fqn, role, chosen)
-        reason = _why_not(fqn, module, role, tied, chosen)
-        if reason is None and not chosen.force:
-            reason = _slower(module, layer_scheme, chosen)
-        out_features, in_features = _shape(module)
-        records.append(
-            LinearRecord(
-                fqn=fqn, role=role, out_features=out_features, in_features=in_features,
-                scheme=None if reason else layer_scheme.name, kernel=None, skip=reason,
-                outlier_source=None if reason else "original" if keep_originals else "codes",
-                float_bytes=module.weight.nbytes,
-            )
-        )  # fmt: skip
-        if reason is None:
-            _swap(model, fqn, module, layer_scheme, chosen, keep_originals)
+    records = list(_swap_all(model, chosen, keep_originals))
     remember_swap(model, records)
-    if not linears:
+    if not records:
         warnings.warn("the model has no linears: nothing to quantize.", stacklevel=2)
     elif all(record.scheme is None for record in records):
         reasons = "; ".join(sorted({record.skip or "" for record in records}))
@@ -149,28 +77,113 @@ def quantize(
     return model
 
 
-def _swap(
-    model: nn.Module,
-    fqn: str,
-    module: nn.Module,
-    scheme: QuantScheme,
-    options: MixqOptions,
-    keep_original: bool,
-) -> None:
-    columns = maxima = None
-    statistics = options.stats.find(fqn) if options.stats is not None else None
-    if statistics is not None and options.stats is not None and scheme.outliers is not None:
-        four_bit = scheme.activation is not None and scheme.activation.bits == 4
-        columns = options.stats.outlier_columns(
-            fqn,
-            threshold=None if four_bit else scheme.outliers.threshold,
-            count=scheme.outliers.capacity_for(_shape(module)[1]),
+def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> Iterator[LinearRecord]:
+    """Decides about each linear, swaps those that are quantized, and records all."""
+    select = next(step for step in pipeline_for(options, "jit") if isinstance(step, SelectScheme))
+    linears, tied = linears_of(model), _tied_weights(model)
+    decided = {
+        name: (select.scheme_for(name, role_of(name)), _why_not(name, module, tied, options, select))
+        for name, module in linears.items()
+    }
+    if options.stats is not None:
+        options.stats.check_model(
+            {name: _matrix(linears[name]).shape for name, (_, reason) in decided.items() if reason is None}
         )
-        maxima = [float(statistics.absmax[column]) for column in columns]
+    for name, (scheme, reason) in decided.items():
+        weight = _matrix(linears[name])
+        source = None
+        if reason is None:
+            swapped = _swap(model, name, scheme, options, keep_originals)
+            source = swapped.outlier_weight_source
+        yield LinearRecord(
+            fqn=name,
+            role=role_of(name),
+            out_features=weight.shape[0],
+            in_features=weight.shape[1],
+            scheme=None if reason else scheme.name,
+            kernel=None,
+            skip=reason,
+            outlier_source=source,
+            float_bytes=weight.nbytes,
+        )
+    for name, weight in _expert_weights(model):
+        yield LinearRecord(
+            fqn=name,
+            role=OTHER,
+            out_features=weight.shape[-2],
+            in_features=weight.shape[-1],
+            scheme=None,
+            kernel=None,
+            skip=GROUPED,
+            outlier_source=None,
+            float_bytes=weight.nbytes,
+        )
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear as [N, K]."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.detach().t() if is_conv1d(module) else weight.detach()
+
+
+def _expert_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights of several experts in one parameter, which no linear module holds."""
+    for name, module in model.named_modules():
+        if "experts" in type(module).__name__.lower():
+            for own, parameter in module.named_parameters(name, recurse=False):
+                if parameter.dim() == 3:
+                    yield own, parameter
+
+
+def _why_not(
+    name: str, module: nn.Module, tied: set[int], options: MixqOptions, select: SelectScheme
+) -> str | None:
+    """Why a linear is not swapped; None where it is."""
+    weight, role = _matrix(module), role_of(name)
+    reason = ineligible(name, role, weight, select.ignore)
+    if reason is None and id(module.weight) in tied:
+        reason = TIED
+    if reason is None and not options.force:
+        scheme = select.scheme_for(name, role)
+        out_features, in_features = weight.shape
+        query = providers.linear_query(
+            weight, out_features, in_features, scheme.weight.bits, weight_only=scheme.activation is None
+        )
+        reason = not_faster(query, [LARGE_BATCH])
+    return reason
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """ids of the parameters that more than one module holds."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
+
+
+def _swap(
+    model: nn.Module, name: str, scheme: QuantScheme, options: MixqOptions, keep_original: bool
+) -> MixqLinear:
+    """Puts a MixqLinear in a linear's place, under every name that it has; returns it."""
+    linear = model.get_submodule(name)
+    calibrated = None
+    if options.stats is not None:
+        calibrated = calibrated_columns(options.stats, name, scheme, _matrix(linear).shape[1])
+    columns, maxima = calibrated if calibrated is not None else (None, None)
     swapped = MixqLinear.from_linear(
-        module, scheme, columns=columns, column_max=maxima,
-        batch_invariant=options.batch_invariant, keep_original=keep_original,
-    )  # fmt: skip
-    swapped.train(module.training)
-    parent, _, name = fqn.rpartition(".")
-    setattr(model.get_submodule(parent), name, swapped)
+        linear,
+        scheme,
+        columns=columns,
+        column_max=maxima,
+        batch_invariant=options.batch_invariant,
+        keep_original=keep_original,
+    )
+    swapped.train(linear.training)
+    for parent in model.modules():
+        for child, module in parent.named_children():
+            if module is linear:
+                setattr(parent, child, swapped)
+    return swapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterable
 from typing import Any
@@ -43,24 +44,36 @@ def _refuse_state(module: nn.Module, *arguments: Any) -> None:
     raise ReleasedWeightError(f"the state of a {type(module).__name__} cannot be read or loaded: {_ADVICE}")
 
 
+_READERS = {
+    "_apply": "moved or cast",
+    "__deepcopy__": "copied",
+    "__getstate__": "pickled",
+}
+"""Methods of a module that read its parameters' storage, and what they do."""
+
+
+def _refuse(kind: str, action: str, *arguments: Any, **named: Any) -> None:
+    raise ReleasedWeightError(f"a {kind} cannot be {action}: {_ADVICE}")
+
+
 def release(weights: Iterable[Tensor]) -> list[Tensor]:
     """Frees the storage of packed weights that one module alone holds; returns those freed.
 
-    Running, saving or loading their modules uncompiled raises ReleasedWeightError from then on.
+    Running, saving, loading, moving or copying their modules raises ReleasedWeightError from then on.
     """
-    candidates = [weight for weight in weights if weight.untyped_storage().nbytes() > 0]
+    candidates = [weight for weight in weights if not STORE.is_released(weight)]
     owners = owners_of(candidates)
     freed = []
     for weight in candidates:
         holders = owners[id(weight)]
         if len(holders) != 1:
             continue
-        module, _ = holders[0]
-        for packed in STORE.packed(weight):
-            packed.released = True
-        weight.untyped_storage().resize_(0)
+        ((module, _),) = holders
+        STORE.release(weight)
         module.register_forward_pre_hook(_refuse_forward)
         module.register_state_dict_pre_hook(_refuse_state)
         module.register_load_state_dict_pre_hook(_refuse_state)
+        for method, action in _READERS.items():
+            module.__dict__[method] = functools.partial(_refuse, type(module).__name__, action)
         freed.append(weight)
     return freed

@@ -61,8 +61,8 @@ class Report:
     def advice(self) -> tuple[str, ...]:
         """What to do about linears whose outliers did not fit."""
         return tuple(
-            f"{linear.fqn}: columns were turned away {linear.overflow} times (capacity {linear.capacity}): raise "
-            "capacity or threshold, or leave this linear in 16 bit with ignore."
+            f"{linear.fqn}: columns were turned away {linear.overflow} times (capacity {linear.capacity}): "
+            "raise capacity or threshold, or leave this linear in 16 bit with ignore."
             for linear in self.quantized
             if linear.overflow
         )
@@ -106,8 +106,8 @@ class Report:
 def _from_record(record: LinearRecord) -> LinearReport:
     weight = record.weight() if record.weight is not None else None
     state: OutlierState | None = record.state() if record.state is not None else None
-    packed = next(iter(STORE.packed(weight)), None) if weight is not None else None
-    quantized = record.scheme is not None
+    packed_bytes = STORE.packed_bytes(weight) if weight is not None else 0
+    quantized = record.scheme is not None and packed_bytes > 0
     return LinearReport(
         fqn=record.fqn,
         role=record.role,
@@ -121,8 +121,8 @@ def _from_record(record: LinearRecord) -> LinearReport:
         outlier_columns=tuple(state.columns()) if state is not None else (),
         overflow=state.overflow() if state is not None else 0,
         bytes_before=record.float_bytes,
-        bytes_after=packed.nbytes if quantized and packed is not None else record.float_bytes,
-        float_weight_kept=quantized and packed is not None and not packed.released,
+        bytes_after=packed_bytes if quantized else record.float_bytes,
+        float_weight_kept=quantized and weight is not None and not STORE.is_released(weight),
     )
 
 
@@ -136,7 +136,7 @@ def _from_module(record: LinearRecord, module: MixqLinear) -> LinearReport:
         scheme=module.scheme.name,
         kernel=record.kernel,
         skip=None,
-        outlier_source=record.outlier_source,
+        outlier_source=module.outlier_weight_source,
         capacity=state.capacity,
         outlier_columns=tuple(state.columns()),
         overflow=state.overflow(),

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mixq_compile.errors import MixqError
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import quantize_weight
+from mixq_compile.runtime import memory
 from mixq_compile.runtime.torch_compat import fingerprint
 from mixq_compile.scheme import QuantScheme, TensorFormat
 
@@ -24,28 +25,50 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class PackedWeight:
-    """Codes of one weight and its cache of outlier columns; changed only in place."""
+class WeightCodes:
+    """The integer codes of one weight; changed only in place."""
 
     weight_codes: Tensor
     """[N, K] int8, or [N, ceil(K/2)] uint8 with two 4-bit codes a byte."""
     weight_scale: Tensor
     """[N] fp32."""
+    format: TensorFormat
+    transposed: bool
+    """True where the parameter is [K, N], as GPT-2's Conv1D has it."""
+    packed_from: tuple[int, int]
+    """`fingerprint` of the parameter when it was packed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return _storage_bytes(self.weight_codes, self.weight_scale)
+
+
+@dataclass
+class PackedWeight:
+    """Codes of one weight, and the cache of outlier columns of one capacity and dtype."""
+
+    codes: WeightCodes
     outlier_weight: Tensor
     """[N, C] in the activation's dtype: the weight columns of the slots in `cached_index`."""
     cached_index: Tensor
     """[C] int32, -1 where a slot is empty."""
-    format: TensorFormat
-    transposed: bool
-    """True where the parameter is [K, N], as GPT-2's Conv1D has it."""
-    packed_from: tuple[int, int] = (0, 0)
-    released: bool = False
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of everything kept in place of the 16-bit weight."""
-        kept = (self.weight_codes, self.weight_scale, self.outlier_weight, self.cached_index)
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept)
+    def weight_codes(self) -> Tensor:
+        """The codes' tensor."""
+        return self.codes.weight_codes
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """The scales' tensor."""
+        return self.codes.weight_scale
+
+    def fetch(self, weight: Tensor, slots: Tensor) -> None:
+        """Copies the columns that these slots of `cached_index` name from the parameter."""
+        columns = self.cached_index[slots].long()
+        source = _as_matrix(weight, self.codes.transposed)
+        self.outlier_weight[:, slots] = source[:, columns].to(self.outlier_weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,7 @@ class _StateKey:
     capacity: int
     miss: str
     bits: int
+    device: torch.device
     columns: tuple[int, ...] | None
     readers: frozenset[int]
     """ids of all parameters that read the value."""
@@ -61,14 +85,22 @@ class _StateKey:
 
 @dataclass
 class _Entry:
-    packed: dict[tuple[TensorFormat, int, bool, torch.dtype, torch.device], PackedWeight] = field(
+    """What is known of one parameter."""
+
+    codes: dict[tuple[TensorFormat, bool, torch.device], WeightCodes] = field(default_factory=dict)
+    packed: dict[tuple[TensorFormat, bool, torch.device, int, torch.dtype], PackedWeight] = field(
         default_factory=dict
     )
     states: dict[_StateKey, OutlierState] = field(default_factory=dict)
+    released: bool = False
 
 
 def _as_matrix(weight: Tensor, transposed: bool) -> Tensor:
     return weight.detach().t() if transposed else weight.detach()
+
+
+def _storage_bytes(*tensors: Tensor) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 class WeightStore:
@@ -78,10 +110,27 @@ class WeightStore:
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def _entry(self, weight: Tensor) -> _Entry:
-        entry: _Entry | None = self._entries.get(weight)
+        entry = self._known(weight)
         if entry is None:
             entry = self._entries[weight] = _Entry()
         return entry
+
+    def _known(self, weight: Tensor) -> _Entry | None:
+        found: _Entry | None = self._entries.get(weight)
+        return found
+
+    def prepare(self, weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) -> None:
+        """Checks the memory that packing these parameters takes, before any is packed.
+
+        Raises MixqError where it does not fit; says once what keeping both copies costs.
+        """
+        unpacked: dict[int, tuple[Tensor, QuantScheme]] = {}
+        for weight, scheme in weights:
+            entry = self._known(weight)
+            if not weight.is_meta and not (entry and entry.codes):
+                unpacked[id(weight)] = weight, scheme
+        if unpacked:
+            memory.check(list(unpacked.values()), keeps_originals)
 
     def pack(
         self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, transposed: bool = False
@@ -92,42 +141,45 @@ class WeightStore:
         """
         out_features, in_features = _as_matrix(weight, transposed).shape
         capacity = scheme.outliers.capacity_for(in_features) if scheme.outliers else 0
-        key = (scheme.weight, capacity, transposed, dtype, weight.device)
         entry = self._entry(weight)
-        found = entry.packed.get(key)
-        if found is not None:
-            return found
-        if any(packed.released for packed in entry.packed.values()):
+        codes = self._codes(entry, weight, scheme, transposed)
+        key = (scheme.weight, transposed, weight.device, capacity, dtype)
+        if key not in entry.packed:
+            entry.packed[key] = PackedWeight(
+                codes=codes,
+                outlier_weight=torch.zeros(out_features, capacity, dtype=dtype, device=weight.device),
+                cached_index=torch.full((capacity,), -1, dtype=torch.int32, device=weight.device),
+            )
+        return entry.packed[key]
+
+    def _codes(self, entry: _Entry, weight: Tensor, scheme: QuantScheme, transposed: bool) -> WeightCodes:
+        key = (scheme.weight, transposed, weight.device)
+        if key in entry.codes:
+            self.refresh(weight)
+            return entry.codes[key]
+        if entry.released:
             raise MixqError(
                 "a weight was freed by release_weights and cannot be packed again with other options "
                 f"(scheme {scheme.name!r}). Load the model again, or compile without release_weights."
             )
+        matrix = _as_matrix(weight, transposed)
         if weight.is_meta:
+            out_features, in_features = matrix.shape
             codes_columns = in_features if scheme.weight.bits == 8 else (in_features + 1) // 2
             codes_dtype = torch.int8 if scheme.weight.bits == 8 else torch.uint8
             codes = weight.new_empty((out_features, codes_columns), dtype=codes_dtype)
             scale = weight.new_empty((out_features,), dtype=torch.float32)
         else:
-            codes, scale = quantize_weight(_as_matrix(weight, transposed), scheme.weight)
-        packed = PackedWeight(
-            weight_codes=codes,
-            weight_scale=scale,
-            outlier_weight=torch.zeros(out_features, capacity, dtype=dtype, device=weight.device),
-            cached_index=torch.full((capacity,), -1, dtype=torch.int32, device=weight.device),
-            format=scheme.weight,
-            transposed=transposed,
-            packed_from=(0, 0) if weight.is_meta else fingerprint(weight),
-        )
-        entry.packed[key] = packed
-        return packed
+            codes, scale = quantize_weight(matrix, scheme.weight)
+        entry.codes[key] = WeightCodes(codes, scale, scheme.weight, transposed, fingerprint(weight))
+        return entry.codes[key]
 
     def fill(self, packed: PackedWeight, weight: Tensor, state: OutlierState) -> None:
         """Fetches the columns that the state knows from the parameter into the outlier weight, now."""
-        columns = state.columns()
-        if columns and not weight.is_meta and not packed.released:
-            source = _as_matrix(weight, packed.transposed)[:, columns]
-            packed.outlier_weight[:, : len(columns)] = source.to(packed.outlier_weight.dtype)
-            packed.cached_index[: len(columns)] = state.index[: len(columns)]
+        count = 0 if weight.is_meta or self.is_released(weight) else len(state.columns())
+        if count:
+            packed.cached_index[:count] = state.index[:count]
+            packed.fetch(weight, torch.arange(count, device=packed.cached_index.device))
 
     def state(
         self,
@@ -144,12 +196,13 @@ class WeightStore:
         policy = scheme.outliers
         first = weights[0]
         key = _StateKey(
-            policy.threshold if policy else float("inf"),
-            policy.capacity_for(in_features) if policy else 0,
-            policy.miss if policy else "static",
-            scheme.activation.bits if scheme.activation else 16,
-            tuple(columns) if columns is not None else None,
-            frozenset(id(weight) for weight in weights),
+            threshold=policy.threshold if policy else float("inf"),
+            capacity=policy.capacity_for(in_features) if policy else 0,
+            miss=policy.miss if policy else "static",
+            bits=scheme.activation.bits if scheme.activation else 16,
+            device=first.device,
+            columns=tuple(columns) if columns is not None else None,
+            readers=frozenset(id(weight) for weight in weights),
         )
         states = self._entry(first).states
         if key not in states:
@@ -172,35 +225,55 @@ class WeightStore:
 
     def refresh(self, weight: Tensor) -> bool:
         """Packs a parameter again, in place, if it has been written since. True if it was."""
-        entry: _Entry | None = self._entries.get(weight)
-        changed = False
-        for packed in entry.packed.values() if entry else ():
-            if packed.packed_from == fingerprint(weight) or weight.is_meta:
-                continue
-            if packed.weight_codes.device != weight.device:
-                continue
-            if packed.released and weight.untyped_storage().nbytes() == 0:
-                continue
-            codes, scale = quantize_weight(_as_matrix(weight, packed.transposed), packed.format)
-            packed.weight_codes.copy_(codes)
-            packed.weight_scale.copy_(scale)
-            packed.cached_index.fill_(-1)
-            packed.packed_from = fingerprint(weight)
-            changed = True
-        if changed:
+        entry = self._known(weight)
+        if entry is None or entry.released or weight.is_meta:
+            return False
+        now = fingerprint(weight)
+        stale = [
+            codes
+            for codes in entry.codes.values()
+            if codes.packed_from != now and codes.weight_codes.device == weight.device
+        ]
+        for codes in stale:
+            fresh, scale = quantize_weight(_as_matrix(weight, codes.transposed), codes.format)
+            codes.weight_codes.copy_(fresh)
+            codes.weight_scale.copy_(scale)
+            codes.packed_from = now
+            for packed in entry.packed.values():
+                if packed.codes is codes:
+                    packed.fetch(weight, (packed.cached_index >= 0).nonzero().flatten())
+        if stale:
             log.info("a parameter was written since it was packed: packed again")
-        return changed
+        return bool(stale)
 
-    def packed(self, weight: Tensor) -> list[PackedWeight]:
-        """Every packed form of a parameter."""
-        entry: _Entry | None = self._entries.get(weight)
-        return list(entry.packed.values()) if entry else []
+    def release(self, weight: Tensor) -> None:
+        """Frees the storage of a packed parameter; its packed form is all that is left of it."""
+        self._entry(weight).released = True
+        weight.untyped_storage().resize_(0)
+
+    def is_released(self, weight: Tensor) -> bool:
+        """True where a parameter's storage has been freed."""
+        entry = self._known(weight)
+        return entry is not None and entry.released
+
+    def codes(self, weight: Tensor) -> list[WeightCodes]:
+        """Every set of codes of a parameter: one for each weight format and device."""
+        entry = self._known(weight)
+        return list(entry.codes.values()) if entry else []
+
+    def packed_bytes(self, weight: Tensor) -> int:
+        """Bytes of everything kept in place of a parameter; 0 where it is not packed."""
+        entry = self._known(weight)
+        if entry is None:
+            return 0
+        caches = (_storage_bytes(p.outlier_weight, p.cached_index) for p in entry.packed.values())
+        return sum(codes.nbytes for codes in entry.codes.values()) + sum(caches)
 
     def states(self, weights: Iterable[Tensor]) -> list[OutlierState]:
         """Every outlier state of any of these parameters, each once."""
         found: dict[int, OutlierState] = {}
         for weight in weights:
-            entry: _Entry | None = self._entries.get(weight)
+            entry = self._known(weight)
             for state in entry.states.values() if entry else ():
                 found[id(state)] = state
         return list(found.values())

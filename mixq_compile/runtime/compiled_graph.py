@@ -1,0 +1,109 @@
+"""A rewritten graph as Dynamo calls it: lowered once, its weights packed again where they were written."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from mixq_compile.errors import MixqError
+from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.runtime import torch_compat
+from mixq_compile.runtime.options import MixqOptions
+from mixq_compile.runtime.weight_store import STORE, WeightCodes
+
+
+def copy_graph_module(module: GraphModule, without: Collection[Node] = ()) -> GraphModule:
+    """A copy of Dynamo's graph module with a graph of its own, without these unread placeholders.
+
+    Dynamo reads the placeholders of its own graph to know what to pass, so that one keeps them all.
+    """
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    graph.graph_copy(module.graph, copies)
+    graph.output(map_arg(module.graph.output_node().args[0], copies.__getitem__))
+    for node in without:
+        graph.erase_node(copies.pop(node))
+    for node, copy in copies.items():
+        torch_compat.copy_node_source(node, copy)
+    copied = GraphModule(module, graph)
+    copied.meta = module.meta
+    torch_compat.copy_attribute_sources(module, copied)
+    return copied
+
+
+@functools.cache
+def _say_that_gradients_are_off() -> None:
+    """Once a process, not once a graph."""
+    warnings.warn(
+        "the model has trainable weights and gradients are on: mixq runs it without them. "
+        "torch.no_grad() or model.requires_grad_(False) silences this.",
+        stacklevel=4,
+    )
+
+
+class CompiledGraph:
+    """What Dynamo calls: checks the inputs, packs weights again where they were written, runs."""
+
+    def __init__(self, graph: CapturedGraph, example_inputs: Sequence[Any], options: MixqOptions) -> None:
+        """Lowers the graph; parameters that nothing reads any more are dropped from its inputs."""
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        owned = [graph.tensor(node) for node in placeholders]
+        unread = [
+            node
+            for node, tensor in zip(placeholders, owned, strict=True)
+            if tensor is not None and not node.users
+        ]
+        self.dropped = tuple(tensor for node in unread if (tensor := graph.tensor(node)) is not None)
+        """The parameters and buffers that the lowered graph does not read."""
+        self._kept = [place for place, node in enumerate(placeholders) if node not in unread]
+        self._packed: list[tuple[int, list[WeightCodes]]] = []
+        self._trainable: list[int] = []
+        self._activations: list[tuple[int, str]] = []
+        for place, (node, tensor) in enumerate(zip(placeholders, owned, strict=True)):
+            if tensor is not None:
+                self._trainable.append(place)
+                if codes := STORE.codes(tensor):
+                    self._packed.append((place, codes))
+            elif isinstance(example_inputs[place], Tensor):
+                self._activations.append((place, node.name))
+        module = copy_graph_module(graph.module, unread)
+        torch_compat.register_attribute_sources(module, list(graph.attached))
+        with torch.no_grad():
+            self._run = _lower(module, [example_inputs[place] for place in self._kept], options)
+
+    def _check_gradients(self, arguments: Sequence[Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for place, name in self._activations:
+            if arguments[place].requires_grad:
+                raise MixqError(
+                    f"input {name} requires grad, and a quantized graph has no gradient. Run it under "
+                    "torch.no_grad() or torch.inference_mode(), or detach the input."
+                )
+        if any(arguments[place].requires_grad for place in self._trainable):
+            _say_that_gradients_are_off()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the graph on Dynamo's arguments, parameters included."""
+        self._check_gradients(arguments)
+        for place, packed in self._packed:
+            now = torch_compat.fingerprint(arguments[place])
+            if any(codes.packed_from != now for codes in packed):
+                STORE.refresh(arguments[place])
+        with torch.no_grad():
+            return self._run(*[arguments[place] for place in self._kept])
+
+
+def _lower(module: GraphModule, example_inputs: list[Any], options: MixqOptions) -> Callable[..., Any]:
+    if options.lowering == "eager":
+        return module
+    if options.lowering == "aot_eager":
+        return torch_compat.aot_eager(module, example_inputs)
+    return torch_compat.inductor(module, example_inputs, options.inductor_patches())
