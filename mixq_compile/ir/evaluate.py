@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from mixq_compile.ir.shapes import hint_of
 
@@ -92,5 +91,8 @@ def _signature(value: Any) -> Any:
 
 def _is_determined(result: Any) -> bool:
     """False where sizes depend on data: each call has a size of its own then."""
-    sizes = [size for leaf in tree_leaves(result) if isinstance(leaf, Tensor) for size in leaf.shape]
-    return all(hint_of(size) is not None for size in sizes) and not isinstance(result, torch.SymInt)
+    if isinstance(result, (list, tuple)):
+        return all(_is_determined(item) for item in result)
+    if isinstance(result, Tensor):
+        return all(hint_of(size) is not None for size in result.shape)
+    return not isinstance(result, torch.SymInt)
