@@ -78,6 +78,10 @@ class CapturedGraph:
         """The graph of an exported program: a new module that shares the program's tensors."""
         return cls(program.module(), "export")
 
+    def with_module(self, module: GraphModule) -> CapturedGraph:
+        """The same capture over another copy of its graph module."""
+        return CapturedGraph(module, self.origin, self._inputs)
+
     @property
     def graph(self) -> Graph:
         """The graph itself."""

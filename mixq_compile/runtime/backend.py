@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from mixq_compile.pipeline import PassContext
 from mixq_compile.runtime import torch_compat
 from mixq_compile.runtime.compilation import LinearRecord, record
 from mixq_compile.runtime.compiled_graph import CompiledGraph, copy_graph_module
+from mixq_compile.runtime.instances import GraphInstances
 from mixq_compile.runtime.linear_records import linear_records
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import default_pipeline, pipeline_for
@@ -42,24 +44,29 @@ def mixq_backend(
             "torch._inductor.config.freezing bakes packed weights into the compiled code: turn it off.",
             stacklevel=2,
         )
-    untouched = copy_graph_module(module) if chosen.on_error == "fallback" else None
-    graph = CapturedGraph.from_dynamo(module, example_inputs)
+    return GraphInstances(module, example_inputs, functools.partial(_compile_graph, chosen))
+
+
+def _compile_graph(
+    options: MixqOptions, graph: CapturedGraph, example_inputs: Sequence[Any]
+) -> CompiledGraph:
+    untouched = copy_graph_module(graph.module) if options.on_error == "fallback" else None
     parameters = _parameters(graph)
     default = default_pipeline(graph)
     try:
-        history = pipeline_for(chosen, default).run(graph, PassContext(stats=chosen.stats, weights=STORE))
+        history = pipeline_for(options, default).run(graph, PassContext(stats=options.stats, weights=STORE))
     except Exception as error:
         if untouched is None or any(STORE.is_released(tensor) for tensor in parameters):
             raise
         log.exception("a pass failed, and on_error is 'fallback': this graph is compiled unquantized")
-        record(chosen, None, (), parameters, fallback=f"{type(error).__name__}: {error}")
-        return CompiledGraph(CapturedGraph.from_dynamo(untouched, example_inputs), example_inputs, chosen)
+        record(options, None, (), parameters, fallback=f"{type(error).__name__}: {error}")
+        return CompiledGraph(graph.with_module(untouched), example_inputs, options)
     linears = linear_records(graph)
-    record(chosen, history, linears, parameters)
+    record(options, history, linears, parameters)
     if default != "swapped":
         _warn_if_idle(linears)
-    compiled = CompiledGraph(graph, example_inputs, chosen)
-    if chosen.release_weights:
+    compiled = CompiledGraph(graph, example_inputs, options)
+    if options.release_weights:
         packed = [tensor for tensor in compiled.dropped if STORE.codes(tensor)]
         freed = release(packed)
         log.info("release_weights: freed the 16-bit weights of %d of %d linears", len(freed), len(packed))

@@ -6,6 +6,7 @@ tests/runtime/test_torch_compat.py fails on a torch where one of them no longer 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ def copy_node_source(node: Node, copy: Node) -> None:
     source = getattr(node, "_dynamo_source", None)
     if source is not None:
         copy._dynamo_source = source  # type: ignore[attr-defined]
+
+
+def tracing(fake_mode: Any) -> AbstractContextManager[Any]:
+    """What Dynamo sets up around a backend, for compiling one of its graphs again later."""
+    from torch._guards import TracingContext
+    from torch._guards import tracing as trace
+
+    return trace(TracingContext(fake_mode))
+
+
+def fake_parameter(fake_mode: Any, parameter: torch.Tensor) -> torch.Tensor:
+    """A fake tensor for a parameter; it keeps the mark that its address is fixed."""
+    fake = fake_mode.from_tensor(parameter, static_shapes=True)
+    mark = getattr(parameter, "_dynamo_static_input_type", None)
+    if mark is not None:
+        fake._dynamo_static_input_type = mark
+    return fake  # type: ignore[no-any-return]
 
 
 def inductor(
