@@ -114,7 +114,7 @@ class _Rewriter:
         packed, scheme, view = self.packed, self.scheme, self.view
         assert scheme.activation is not None
         assert view.parameters is not None
-        in_features = self.graph.value(self.x).shape[-1]
+        in_features = self.graph.value(self.weight_matrix).shape[1]
         state = self.context.weights.state(
             [self.tensor], scheme, in_features, view.outlier_columns, view.absmax
         )

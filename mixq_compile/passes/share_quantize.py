@@ -142,7 +142,7 @@ class ShareQuantize(Pass):
         state = context.weights.state(
             [graph.tensor(node) for node in weights],
             QuantScheme.from_json(view.parameters or {}),
-            graph.value(first.args[0]).shape[-1],
+            graph.value(first.args[2]).shape[0],  # column_slot: K is symbolic where every size of x is
             view.outlier_columns,
             view.absmax,
         )

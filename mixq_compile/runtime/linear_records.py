@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.shapes import hint_of
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.runtime.compilation import LinearRecord
 from mixq_compile.runtime.weight_store import STORE
@@ -49,7 +50,7 @@ def _features(graph: CapturedGraph, node: Node) -> tuple[int, int]:
     """Outputs and inputs of a linear, from its result and the value that it reads."""
     result = graph.value(node)
     result = result[0] if isinstance(result, tuple) else result
-    return int(result.shape[-1]), int(graph.value(node.args[0]).shape[-1])
+    return hint_of(result.shape[-1]) or 0, hint_of(graph.value(node.args[0]).shape[-1]) or 0
 
 
 def linear_records(graph: CapturedGraph) -> list[LinearRecord]:

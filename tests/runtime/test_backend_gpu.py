@@ -129,7 +129,9 @@ def test_generate_with_static_cache_decodes_through_the_backend():
     eager = model.generate(prompt, disable_compile=True, **settings)
     mixq.reset(model)
     fast = model.generate(
-        prompt, compile_config=CompileConfig(backend="mixq", fullgraph=True, mode="reduce-overhead"), **settings
+        prompt,
+        compile_config=CompileConfig(backend="mixq", fullgraph=True, mode="reduce-overhead"),
+        **settings,
     )
     agreed = int((eager == fast).long().cumprod(dim=1).sum()) - prompt.shape[1]
     assert fast.shape == eager.shape
