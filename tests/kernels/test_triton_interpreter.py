@@ -48,24 +48,17 @@ def test_fixed_columns_are_bit_identical(name):
     edge_cases.assert_same(edge_cases.quantize_fixed(case, "tl", "cpu"), expected)
 
 
-def test_rows_too_long_for_registers(monkeypatch):
+@pytest.mark.parametrize("parts_held", [0, 8])
+def test_rows_of_several_parts(parts_held, monkeypatch):
     from mixq_compile.kernels.tl import quantization
 
-    monkeypatch.setattr(quantization, "LARGEST_CHUNK", 32)
-    monkeypatch.setattr(quantization, "LONG_ROW_CHUNK", 32)
+    monkeypatch.setattr(quantization, "ELEMENTS_PER_THREAD", 1)
+    monkeypatch.setattr(quantization, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+    monkeypatch.setattr(quantization, "PARTS_HELD", parts_held)
     for name in ("ragged_columns", "not_finite"):
         case = edge_cases.ONLINE_CASES[name](torch.bfloat16)
         expected = edge_cases.learn(case, "ref", "exact", "cpu")
         edge_cases.assert_same(edge_cases.learn(case, "tl", "exact", "cpu"), expected)
-
-
-def test_several_rows_a_program(monkeypatch):
-    from mixq_compile.kernels.tl import quantization
-
-    monkeypatch.setattr(quantization, "ROWS_WORTH_SHARING", 1)
-    case = edge_cases.ONLINE_CASES["not_finite"](torch.float16)
-    expected = edge_cases.learn(case, "ref", "exact", "cpu")
-    edge_cases.assert_same(edge_cases.learn(case, "tl", "exact", "cpu"), expected)
 
 
 def test_no_row_exceeds_after_an_exact_call():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixq_compile.kernels.tl.toolkit import ceil_div, power_of_two, tl, triton
+from mixq_compile.kernels.tl.toolkit import await_previous_launch, ceil_div, overlap, power_of_two, tl, triton
 from mixq_compile.ops.outlier_state import COUNT, FLAG, OVERFLOW
 
 EVICT, KEEP, REPLACE = range(3)
@@ -226,7 +226,10 @@ def _grow(
     TILE_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        await_previous_launch()
     if tl.load(counters + _FLAG) != 0:
         maxima = scratch + _HEADER + columns
         _column_maxima(x, scale, maxima, rows, columns, splits, x_stride, TILE_ROWS, TILE_COLUMNS)
@@ -277,5 +280,5 @@ def grow(
         rows, columns, index.shape[0], splits, matrix.stride(0),
         POLICY=policy, TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS,
         BLOCK=min(SELECTION_BLOCK, power_of_two(columns)), SLOTS=power_of_two(index.shape[0]),
-        num_warps=8,
+        num_warps=8, **overlap(matrix),
     )  # fmt: skip

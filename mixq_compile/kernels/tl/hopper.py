@@ -36,6 +36,7 @@ try:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     from mixq_compile.kernels.tl import toolkit
 
@@ -46,6 +47,8 @@ else:
 
 DEPTH = 128
 """Bytes of K in one buffer: 128 codes, or 64 outlier columns of 16 bits."""
+PREFETCHED_BYTES = 32 << 20
+"""How much of the weight a launch brings to L2 (50 MB or more) before the launches before it are done."""
 LOADING_WARP_REGISTERS = 24
 REGISTERS_FOR_TWO = 128
 """Registers of a thread on entry that leave room for two programs of 8 warps on a multiprocessor."""
@@ -150,7 +153,7 @@ def _multiply_tiles(
         result = accumulator.to(gl.float32) * gl.expand_dims(row_scale, 1) * gl.expand_dims(feature_scale, 0)
         result = gl.convert_layout(result, layout)
         if HAS_SLOTS:
-            for step in range(0, outlier_steps):
+            for _ in range(0, outlier_steps):
                 place = turn % BUFFERS
                 mbarrier.wait(ready.index(place), (turn // BUFFERS) & 1)
                 left = left_ring.index(place)._reinterpret(
@@ -186,7 +189,23 @@ def _store_part(out, staging, part, first_row, first_feature):
     tma.async_copy_shared_to_global(out, [first_row, first_feature], staging)
 
 
-@gluon.jit(do_not_specialize=["rows"])
+@gluon.jit
+def _prefetch_weight(
+    weight, weight_stride, prefetched, rows, features,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Brings the beginning of the first tile's weight rows to L2: it does not depend on the launch before."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    _, across = _tile_place(gl.program_id(0), gl.cdiv(rows, BLOCK_M), gl.cdiv(features, BLOCK_N), GROUP)
+    feature = gl.minimum(across * BLOCK_N + gl.arange(0, BLOCK_N, layout), features - 1)
+    address = (weight + feature.to(gl.int64) * weight_stride).to(gl.int64)
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [address, gl.zeros_like(feature) + prefetched], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["rows", "prefetched"])
 def _specialized_warps(
     codes,  # [M, K] int8
     scale,  # [M] fp32
@@ -197,9 +216,13 @@ def _specialized_warps(
     outlier_weight,  # [N, C]
     bias,  # [N]
     out,  # [M, N], stored in PARTS of a tile
+    weight_codes,  # the same memory as weight
     rows,
     features,
     columns,
+    weight_stride,
+    prefetched,
+    PREFETCHES: gl.constexpr,
     HAS_SLOTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -220,6 +243,12 @@ def _specialized_warps(
     for place in gl.static_range(BUFFERS):
         mbarrier.init(ready.index(place), count=1)
         mbarrier.init(empty.index(place), count=1)
+    gdc_launch_dependents()
+    if PREFETCHES:
+        _prefetch_weight(
+            weight_codes, weight_stride, prefetched, rows, features, BLOCK_M, BLOCK_N, GROUP, num_warps
+        )
+    gdc_wait()
     row_tiles, column_tiles = gl.cdiv(rows, BLOCK_M), gl.cdiv(features, BLOCK_N)
     steps = gl.cdiv(columns, BLOCK_K)
     outlier_steps = 0
@@ -259,14 +288,23 @@ def _parts(tile: Tile) -> int:
     return 2 if tile.features > 128 else 1
 
 
-def choose_tile(rows: int, features: int, columns: int, programs: int) -> Tile:
-    """The tile for M = rows, N = features, K = columns on a GPU of so many multiprocessors."""
-    if rows <= 64:
-        return Tile(64, 64, 6, 4) if features < 128 * programs // 2 else Tile(64, 128, 4, 4)
-    if rows <= 512:
-        large = ceil_div(rows, 128) * ceil_div(features, 128)
-        return Tile(128, 128, 4, 8) if large > programs else Tile(64, 128, 4, 4)
-    return Tile(128, 256, 4, 8)
+TILES = (
+    (64, (Tile(64, 128, 6, 4), Tile(64, 64, 6, 4), Tile(64, 32, 8, 4))),
+    (128, (Tile(128, 128, 6, 8), Tile(128, 64, 8, 8))),
+    (256, (Tile(64, 128, 8, 4), Tile(64, 64, 6, 4))),
+    (768, (Tile(128, 128, 6, 8), Tile(64, 128, 8, 4))),
+    (None, (Tile(128, 256, 4, 8), Tile(128, 128, 6, 8), Tile(64, 128, 8, 4))),
+)
+"""Up to so many rows: the tiles to choose from, the one that reads least first."""
+
+
+def choose_tile(rows: int, features: int, programs: int) -> Tile:
+    """The first tile that gives work to at least 60 % of so many multiprocessors, else the last."""
+    candidates = next(tiles for most, tiles in TILES if most is None or rows <= most)
+    for tile in candidates:
+        if 10 * ceil_div(rows, tile.rows) * ceil_div(features, tile.features) >= 6 * programs:
+            return tile
+    return candidates[-1]
 
 
 def _describe(matrix: Tensor, block: list[int]) -> Any:
@@ -285,15 +323,19 @@ def launch(
     resident = 2 if tile.warps == 4 and 2 * shared_memory(tile) <= SHARED_MEMORY else 1
     left, right = [tile.rows, DEPTH // 2], [tile.features, DEPTH // 2]
     parts = _parts(tile)
-    _specialized_warps[(min(tiles, resident * multiprocessors(codes.device)),)](
+    started = min(resident * multiprocessors(codes.device), tiles)
+    rows_started = tile.features * min(started, ceil_div(features, tile.features))
+    prefetched = min(columns, PREFETCHED_BYTES // rows_started) // 16 * 16
+    _specialized_warps[(started,)](
         _describe(codes, [tile.rows, DEPTH]), scale,
         _describe(outliers, left) if slots else None, count,
         _describe(weight, [tile.features, DEPTH]), weight_scale,
         _describe(outlier_weight, right) if slots else None, bias,
-        _describe(out, [tile.rows, tile.features // parts]), rows, features, columns,
-        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None,
+        _describe(out, [tile.rows, tile.features // parts]), weight, rows, features, columns,
+        weight.stride(0), prefetched,
+        PREFETCHES=prefetched > 0, HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None,
         BLOCK_M=tile.rows, BLOCK_N=tile.features, BLOCK_K=DEPTH, BUFFERS=tile.buffers,
         GROUP=TILES_PER_GROUP, PARTS=parts,
         INSTRUCTION=min(tile.features, LARGEST_INTEGER_INSTRUCTION), REGISTERS=LOADING_WARP_REGISTERS,
-        num_warps=tile.warps, maxnreg=REGISTERS_FOR_TWO if resident > 1 else None,
+        num_warps=tile.warps, launch_pdl=True, maxnreg=REGISTERS_FOR_TWO if resident > 1 else None,
     )  # fmt: skip

@@ -18,10 +18,12 @@ from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP, integer_tile, outlier
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
     TRITON_PROBLEM,
+    await_previous_launch,
     capability,
     ceil_div,
     multiprocessors,
     on_device,
+    overlap,
     power_of_two,
     row_matrix,
     supports,
@@ -81,7 +83,10 @@ def _through_pointers(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        await_previous_launch()
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(features, BLOCK_N)
     down, across = tile_place(tl.program_id(0), row_tiles, column_tiles, _GROUP)
     row = down * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -125,7 +130,10 @@ def _through_descriptors(
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
     DTYPE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        await_previous_launch()
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(features, BLOCK_N)
     used = tl.load(count + _COUNT)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
@@ -192,7 +200,7 @@ def launch_pointers(
         rows, features, columns, slots, codes.stride(0), weight.stride(0),
         HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None, PACKED=weight_bits(weight) == 4,
         BLOCK_M=tile.rows, BLOCK_N=tile.features, BLOCK_K=tile.depth, BLOCK_O=16 if slots <= 16 else 32,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **overlap(codes),
     )  # fmt: skip
 
 
@@ -214,7 +222,7 @@ def launch_descriptors(
         HAS_SLOTS=with_slots, HAS_BIAS=bias is not None,
         BLOCK_M=tile.rows, BLOCK_N=tile.features, BLOCK_K=tile.depth, BLOCK_O=OUTLIER_BLOCK,
         DTYPE={torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[out.dtype],
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **overlap(codes),
     )  # fmt: skip
 
 
@@ -256,7 +264,7 @@ def mixed_linear(
         if not (x.is_cuda and describes) or capability(x.device) < (9, 0):
             launch_pointers(*arguments, pointer_tile(rows, x.dtype, weight_bits(weight) == 4))
         elif hopper.available(x.device):
-            hopper.launch(*arguments, hopper.choose_tile(rows, *weight.shape, multiprocessors(x.device)))
+            hopper.launch(*arguments, hopper.choose_tile(rows, weight.shape[0], multiprocessors(x.device)))
         else:
             launch_descriptors(*arguments, descriptor_tile(rows))
     return out

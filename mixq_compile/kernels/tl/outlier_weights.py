@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mixq_compile.kernels.tl.toolkit import PRIORITY, on_device, supports, tl, triton
+from mixq_compile.kernels.tl.toolkit import (
+    PRIORITY,
+    await_previous_launch,
+    on_device,
+    overlap,
+    supports,
+    tl,
+    triton,
+)
 from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
 from mixq_compile.ops.weight_codes import weight_bits
@@ -46,7 +54,10 @@ def _refresh(
     slots,
     SOURCES: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        await_previous_launch()
     # A program owns one slot of one linear, so that none waits for another before `cached_index`
     # changes.
     slot = tl.program_id(0)
@@ -85,11 +96,13 @@ def refresh_outlier_weights(
     """A program a slot and linear, which returns at once where the slot holds its column already."""
     if codes.numel() <= small_m * codes.shape[-1] or not index.shape[0]:
         return
-    held = [kept if kept.numel() else packed for kept, packed in zip(original, weight_codes, strict=True)]
-    sources = [16 if kept.numel() else weight_bits(packed) for kept, packed in zip(original, weight_codes)]
+    pairs = list(zip(original, weight_codes, strict=True))
+    held = [kept if kept.numel() else packed for kept, packed in pairs]
+    sources = [16 if kept.numel() else weight_bits(packed) for kept, packed in pairs]
     with on_device(codes):
         _refresh[(index.shape[0], len(held))](
             index, count, tuple(cached_index), tuple(outlier_weight), tuple(held), tuple(weight_scale),
             tuple(cache.shape[0] for cache in outlier_weight), tuple(weight.stride(0) for weight in held),
             index.shape[0], SOURCES=tuple(sources), STEP=ROWS_PER_STEP, num_warps=8,
+            **overlap(codes),
         )  # fmt: skip

@@ -13,9 +13,11 @@ from torch import Tensor
 from mixq_compile.kernels.tl.growth import EVICT, KEEP, REDO, REPLACE, TICKET, grow, scratch_for
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
+    await_previous_launch,
     ceil_div,
     multiprocessors,
     on_device,
+    overlap,
     power_of_two,
     row_matrix,
     supports,
@@ -30,15 +32,17 @@ FIXED, SNAPSHOT, CHECK, ALWAYS, AGAIN = range(5)
 """What a launch of the row kernel does besides quantizing: nothing; reports the count; also raises the
 flag where a row exceeds the threshold; raises it in any case; only runs if the state has changed."""
 
-LARGEST_CHUNK = 16384
-"""Rows up to this long are held in registers; longer ones are read twice, the second time from L2."""
-LONG_ROW_CHUNK = 4096
-ELEMENTS_PER_PROGRAM = 8192
-ROWS_WORTH_SHARING = 1024
-"""From this many rows on, a program takes several, and reads `column_slot` once for all."""
+ELEMENTS_PER_THREAD = 8
+"""Contiguous columns of a thread: 16 bytes of a 16-bit activation."""
+PROGRAMS_PER_MULTIPROCESSOR = 16
+PROGRAMS_TO_QUANTIZE_AGAIN = 2
+"""So few, because in most calls they only look at the flag."""
+FEW_ROWS = 512
+"""Up to so many rows, more warps share each."""
+PARTS_HELD = 8
+"""Where a row has at most so many parts, a program keeps which columns are outliers in registers."""
 
 _EPSILON = tl.constexpr(EPSILON)
-_INFINITY_BITS = tl.constexpr(0x7F800000)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
 _FIXED, _CHECK, _ALWAYS, _AGAIN = (tl.constexpr(mode) for mode in (FIXED, CHECK, ALWAYS, AGAIN))
 _COUNT, _FLAG, _FROZEN = (tl.constexpr(place) for place in (COUNT, FLAG, FROZEN))
@@ -46,24 +50,15 @@ _TICKET, _REDO = tl.constexpr(TICKET), tl.constexpr(REDO)
 
 
 @triton.jit
-def _magnitude_bits(values, slot):
-    """Bits of |values|, which order as the values do and put infinity and NaN above all finite ones.
-
-    Finite elements of outlier columns count as 0, so that one integer maximum gives both the row
-    maximum and whether the row is finite.
-    """
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.where((slot[None, :] >= 0) & (bits < _INFINITY_BITS), 0, bits)
+def _larger_or_nan(left, right):
+    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _store_codes(codes, values, slot, inverse, finite, mask, LARGEST_CODE: tl.constexpr):
-    inner = tl.where((slot[None, :] < 0) & finite[:, None], values, 0.0)
-    # Adding and subtracting rounds half to even; it needs the product rounded first, and so a launch
-    # with enable_fp_fusion=False.
-    rounded = (inner * inverse[:, None] + _ROUNDER) - _ROUNDER
-    clamped = tl.minimum(tl.maximum(rounded, -LARGEST_CODE), LARGEST_CODE)
-    tl.store(codes, clamped.to(tl.int8), mask=mask)
+def _is_inner(column_slot, column, columns):
+    """1.0 where a column is no outlier column, else 0.0."""
+    slot = tl.load(column_slot + column, mask=column < columns, other=-1)
+    return tl.where(slot < 0, 1.0, 0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -85,77 +80,87 @@ def _quantize_rows(
     codes_stride,
     LARGEST_CODE: tl.constexpr,
     MODE: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    HOLDS: tl.constexpr,
     SLOTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        await_previous_launch()
     program = tl.program_id(0)
-    blocks = tl.cdiv(rows, ROWS)
     if MODE == _AGAIN:
-        blocks = blocks * tl.load(scratch + _REDO)
+        rows = rows * tl.load(scratch + _REDO)
     count = tl.load(counters + _COUNT)
     if MODE != _FIXED:
-        tl.store(count_used, count, mask=(program == 0) & (blocks > 0))
+        tl.store(count_used, count, mask=(program == 0) & (rows > 0))
     if (MODE == _CHECK) | (MODE == _ALWAYS):
         learns = tl.load(counters + _FROZEN) == 0
         tl.store(scratch + _TICKET, 0, mask=program == 0)
         tl.store(scratch + _REDO, 0, mask=program == 0)
+    if MODE == _CHECK:
+        threshold = tl.load(effective_threshold)
     if MODE == _ALWAYS:
         tl.store(counters + _FLAG, 1, mask=(program == 0) & learns)
 
-    chunk = tl.arange(0, CHUNK)
-    for block in range(program, blocks, tl.num_programs(0)):
-        row = block * ROWS + tl.arange(0, ROWS)
-        row_inside = row < rows
-        x_row = x + row.to(tl.int64)[:, None] * x_stride  # [ROWS, 1]
-        codes_row = codes + row.to(tl.int64)[:, None] * codes_stride
+    inner_columns = ()
+    if HOLDS:
+        for part in tl.static_range(PARTS):
+            column = part * PART + tl.arange(0, PART)
+            inner_columns = inner_columns + (_is_inner(column_slot, column, columns),)  # noqa: RUF005
 
-        if IN_REGISTERS:
-            mask = row_inside[:, None] & (chunk < columns)[None, :]
-            slot = tl.load(column_slot + chunk, mask=chunk < columns, other=-1)
-            values = tl.load(x_row + chunk[None, :], mask=mask, other=0.0).to(tl.float32)
-            row_bits = tl.max(_magnitude_bits(values, slot), axis=1)
-        else:
-            largest = tl.zeros((ROWS, CHUNK), dtype=tl.int32)
-            for start in range(0, columns, CHUNK):
-                column = start + chunk
-                part_mask = row_inside[:, None] & (column < columns)[None, :]
-                part_slot = tl.load(column_slot + column, mask=column < columns, other=-1)
-                part = tl.load(x_row + column[None, :], mask=part_mask, other=0.0).to(tl.float32)
-                largest = tl.maximum(largest, _magnitude_bits(part, part_slot))
-            row_bits = tl.max(largest, axis=1)
+    for row in range(program, rows, tl.num_programs(0)):
+        wide_row = tl.cast(row, tl.int64)
+        x_row = x + wide_row * x_stride
+        codes_row = codes + wide_row * codes_stride
+        # The row stays in registers, in parts because its length is seldom a power of two.
+        parts = ()
+        largest = tl.zeros((PART,), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            column = part * PART + tl.arange(0, PART)
+            values = tl.load(x_row + column, mask=column < columns, other=0.0).to(tl.float32)
+            # Outlier columns become 0, or NaN where they are not finite: that spoils the row.
+            if HOLDS:
+                inner = values * inner_columns[part]
+            else:
+                inner = values * _is_inner(column_slot, column, columns)
+            largest = _larger_or_nan(largest, tl.abs(inner))
+            parts = parts + (inner,)  # noqa: RUF005
+        largest_of_row = tl.reduce(largest, 0, _larger_or_nan)
 
-        finite = row_bits < _INFINITY_BITS
-        row_maximum = tl.where(finite, row_bits, 0).to(tl.float32, bitcast=True)
+        finite = largest_of_row < float("inf")
+        row_maximum = tl.where(finite, largest_of_row, 0.0)
         guarded = tl.maximum(row_maximum, _EPSILON)
-        row_scale = tl.div_rn(guarded, tl.full((ROWS,), LARGEST_CODE, tl.float32))
-        inverse = tl.div_rn(tl.full((ROWS,), LARGEST_CODE, tl.float32), guarded)
-        inverse = tl.where(row_maximum < _EPSILON, 0.0, inverse)
-        tl.store(scale + row, tl.where(finite, row_scale, float("nan")), mask=row_inside)
+        row_scale = tl.div_rn(guarded, LARGEST_CODE)
+        inverse = tl.where(row_maximum < _EPSILON, 0.0, tl.div_rn(LARGEST_CODE, guarded))
+        tl.store(scale + row, tl.where(finite, row_scale, float("nan")))
         if MODE == _CHECK:
-            exceeded = tl.max((row_maximum > tl.load(effective_threshold)).to(tl.int32), axis=0)
-            tl.store(counters + _FLAG, 1, mask=(exceeded != 0) & learns)
+            tl.store(counters + _FLAG, 1, mask=(row_maximum > threshold) & learns)
 
-        if IN_REGISTERS:
-            _store_codes(codes_row + chunk[None, :], values, slot, inverse, finite, mask, LARGEST_CODE)
-        else:
-            for start in range(0, columns, CHUNK):
-                column = start + chunk
-                part_mask = row_inside[:, None] & (column < columns)[None, :]
-                part_slot = tl.load(column_slot + column, mask=column < columns, other=-1)
-                part = tl.load(x_row + column[None, :], mask=part_mask, other=0.0).to(tl.float32)
-                _store_codes(
-                    codes_row + column[None, :], part, part_slot, inverse, finite, part_mask, LARGEST_CODE
-                )
+        for part in tl.static_range(PARTS):
+            column = part * PART + tl.arange(0, PART)
+            # The sum's last byte is the product rounded half to even, at most the largest code. The
+            # product must be rounded before: the launch says enable_fp_fusion=False.
+            rounded = (parts[part] * inverse + _ROUNDER).to(tl.int32, bitcast=True)
+            tl.store(codes_row + column, rounded.to(tl.int8), mask=column < columns)
+        if finite == 0:
+            tl.debug_barrier()
+            for part in tl.static_range(PARTS):
+                column = part * PART + tl.arange(0, PART)
+                tl.store(codes_row + column, tl.zeros((PART,), dtype=tl.int8), mask=column < columns)
 
         if SLOTS > 0:
             place = tl.arange(0, SLOTS)
-            used = place < count
-            source = tl.load(index + place, mask=used & (place < slots), other=0)
-            taken = tl.load(x_row + source[None, :], mask=row_inside[:, None] & used[None, :], other=0.0)
-            target = outliers + row.to(tl.int64)[:, None] * slots + place[None, :]
-            tl.store(target, taken, mask=row_inside[:, None] & (place < slots)[None, :])
+            source = tl.load(index + place, mask=(place < count) & (place < slots), other=0)
+            taken = tl.load(x_row + source, mask=place < count, other=0.0)
+            tl.store(outliers + wide_row * slots + place, taken, mask=place < slots)
+
+
+def _warps(rows: int, columns: int) -> int:
+    """Warps that share a row: a thread holds 8 to 64 of its elements up to 32768 columns."""
+    parts = 1 if rows <= FEW_ROWS else 4
+    wanted = columns // (parts * 32 * ELEMENTS_PER_THREAD)
+    return min(16, power_of_two(wanted + 1, at_least=2) // 2)
 
 
 def _launch(
@@ -173,19 +178,17 @@ def _launch(
     rows, columns = matrix.shape
     codes, scale, outliers = outputs
     slots = index.shape[0]
-    in_registers = power_of_two(columns) <= LARGEST_CHUNK
-    chunk = power_of_two(columns) if in_registers else LONG_ROW_CHUNK
-    rows_per_program = 1
-    if rows >= ROWS_WORTH_SHARING:
-        rows_per_program = max(1, min(4, ELEMENTS_PER_PROGRAM // chunk))
-    blocks = ceil_div(rows, rows_per_program)
-    programs = min(blocks, 4 * multiprocessors(matrix.device)) if mode == AGAIN else blocks
+    warps = _warps(rows, columns)
+    part = warps * 32 * ELEMENTS_PER_THREAD
+    parts = ceil_div(columns, part)
+    resident = PROGRAMS_TO_QUANTIZE_AGAIN if mode == AGAIN else PROGRAMS_PER_MULTIPROCESSOR
+    programs = min(rows, resident * multiprocessors(matrix.device))
     _quantize_rows[(programs,)](
         matrix, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
         scratch, rows, columns, slots, matrix.stride(0), codes.stride(0),
-        LARGEST_CODE=float(2 ** (bits - 1) - 1), MODE=mode, ROWS=rows_per_program, CHUNK=chunk,
-        IN_REGISTERS=in_registers, SLOTS=power_of_two(slots) if slots else 0,
-        num_warps=max(1, min(16, rows_per_program * chunk // 1024)), enable_fp_fusion=False,
+        LARGEST_CODE=float(2 ** (bits - 1) - 1), MODE=mode, PART=part, PARTS=parts,
+        HOLDS=parts <= PARTS_HELD and rows > programs, SLOTS=power_of_two(slots) if slots else 0,
+        num_warps=warps, enable_fp_fusion=False, **overlap(matrix),
     )  # fmt: skip
 
 

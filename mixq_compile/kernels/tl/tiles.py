@@ -20,9 +20,8 @@ def tile_place(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
 @triton.jit
 def unpack_nibbles(packed):
     """int8 codes of the even and of the odd columns that uint8 bytes hold."""
-    low = ((packed & 0xF).to(tl.int8) ^ 8) - 8
-    high = ((packed >> 4).to(tl.int8) ^ 8) - 8
-    return low.to(tl.int8), high.to(tl.int8)
+    both = packed.to(tl.int8, bitcast=True)
+    return (both << 4) >> 4, both >> 4
 
 
 @triton.jit

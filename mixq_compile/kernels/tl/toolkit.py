@@ -99,3 +99,20 @@ def power_of_two(number: int, at_least: int = 16) -> int:
 def ceil_div(number: int, divisor: int) -> int:
     """`number / divisor`, rounded up."""
     return -(-number // divisor)
+
+
+@triton.jit
+def await_previous_launch():
+    """Lets the next launch begin, and waits for the one before: the first statement of a kernel.
+
+    A launch with `overlap` starts while the one before it still runs; nothing may be read or written
+    before this.
+    """
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+
+
+def overlap(x: Tensor) -> dict[str, bool]:
+    """Launch options that hide a kernel's start behind the end of the one before, on Hopper and later."""
+    possible = x.is_cuda and capability(x.device) >= (9, 0)
+    return {"OVERLAPS": possible, "launch_pdl": possible}

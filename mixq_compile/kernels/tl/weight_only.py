@@ -1,7 +1,7 @@
 """`weight_only_linear`: a 16 or 32-bit activation times integer codes, read once, near the memory floor.
 
-One row is summed on the ordinary units, each weight code used as it is loaded; more rows go through the
-tensor cores, the codes converted in registers to the activation's dtype, which holds them exactly. Long sums over few outputs are split, and joined in a fixed order by a second launch.
+The codes are converted in registers to the activation's dtype, which holds them exactly. Long sums over
+few outputs are split, and joined in a fixed order by a second launch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from torch import Tensor
 from mixq_compile.kernels.tl.tiles import unpack_nibbles
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
+    await_previous_launch,
     ceil_div,
     multiprocessors,
     on_device,
+    overlap,
     power_of_two,
     row_matrix,
     supports,
@@ -29,19 +31,12 @@ from mixq_compile.ops.weight_codes import weight_bits
 LARGEST_BLOCK_M = 64
 BYTES_WORTH_SPLITTING = 1024
 """A split sums over at least this many bytes of each weight row."""
-PROGRAMS_PER_MULTIPROCESSOR = 4
+MOST_SPLITS = 4
+PROGRAMS_PER_MULTIPROCESSOR = 5
 
 
-class VectorTile(NamedTuple):
-    """Output features and weight bytes a program takes at a time, for one row."""
-
-    features: int
-    length: int
-    warps: int
-
-
-class MatrixTile(NamedTuple):
-    """Output features and weight bytes a program takes at a time, and its pipeline."""
+class Tile(NamedTuple):
+    """Output features and weight bytes that a program takes at a time, and how it runs."""
 
     features: int
     length: int
@@ -50,53 +45,27 @@ class MatrixTile(NamedTuple):
 
 
 @triton.jit
-def _one_row(
-    x,  # [K]
-    weight,  # [N, K] int8, or [N, ceil(K/2)] uint8
-    weight_scale,  # [N] fp32
-    bias,  # [N]
-    out,  # [N]
-    features,
-    columns,
-    length,
-    weight_stride,
-    HAS_BIAS: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    feature_mask = feature < features
-    weight_row = weight + feature.to(tl.int64)[:, None] * weight_stride
-    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    # Told that only so many elements are contiguous, Triton gives x and the weight one layout (16 bytes
-    # of x a thread), and neither has to pass through shared memory.
-    block = tl.max_contiguous(tl.arange(0, BLOCK_K), 4 if PACKED else 8)
-    for start in range(0, length, BLOCK_K):
-        byte = (start + block)[None, :]
-        held = tl.load(weight_row + byte, mask=feature_mask[:, None] & (byte < length), other=0)
-        if PACKED:
-            low, high = unpack_nibbles(held)
-            column = (2 * start + tl.arange(0, 2 * BLOCK_K))[None, :]
-            values = tl.load(x + column, mask=column < columns, other=0.0)
-            even, odd = tl.split(tl.reshape(values, (1, BLOCK_K, 2)))
-            total += even.to(tl.float32) * low.to(tl.float32) + odd.to(tl.float32) * high.to(tl.float32)
-        else:
-            values = tl.load(x + byte, mask=byte < columns, other=0.0)
-            total += values.to(tl.float32) * held.to(tl.float32)
-    result = tl.sum(total, axis=1) * tl.load(weight_scale + feature, mask=feature_mask, other=0.0)
-    if HAS_BIAS:
-        result += tl.load(bias + feature, mask=feature_mask, other=0.0).to(tl.float32)
-    tl.store(out + feature, result.to(out.dtype.element_ty), mask=feature_mask)
+def _nibble_values(packed, dtype: tl.constexpr):
+    """Codes of the even and of the odd columns as floating-point numbers."""
+    if dtype == tl.float32:
+        low, high = unpack_nibbles(packed)
+        return low.to(tl.float32), high.to(tl.float32)
+    # From the base on, the last bits of a number count ones: the code plus 8 put there adds just that.
+    base: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
+    base_bits: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
+    wide = packed.to(tl.int16)
+    low = (((wide & 0xF) ^ 8) | base_bits).to(dtype, bitcast=True) - (base + 8)
+    high = ((((wide >> 4) & 0xF) ^ 8) | base_bits).to(dtype, bitcast=True) - (base + 8)
+    return low, high
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _many_rows(
+def _weight_only(
     x,  # [M, K]
     weight,  # [N, K] int8, or [N, ceil(K/2)] uint8
     weight_scale,  # [N] fp32
     bias,  # [N]
-    out,  # [M, N], or with SPLITS > 1 the parts fp32 [SPLITS, M, N]
+    out,  # [M, N], or where the sums are split their parts fp32 [splits, M, N]
     rows,
     features,
     columns,
@@ -106,11 +75,14 @@ def _many_rows(
     weight_stride,
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        await_previous_launch()
     feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
@@ -124,19 +96,19 @@ def _many_rows(
         mask = feature_mask & (byte < length)[None, :]
         held = tl.load(weight_row + byte[None, :], mask=mask, other=0)
         if PACKED:
-            low, high = unpack_nibbles(held)
+            low, high = _nibble_values(held, x.dtype.element_ty)
             column = 2 * start + tl.arange(0, 2 * BLOCK_K)
             values = tl.load(x_row + column[None, :], mask=row_mask & (column < columns)[None, :], other=0.0)
             even, odd = tl.split(tl.reshape(values, (BLOCK_M, BLOCK_K, 2)))
-            total = tl.dot(low.to(x.dtype.element_ty), tl.trans(even), total, input_precision="ieee")
-            total = tl.dot(high.to(x.dtype.element_ty), tl.trans(odd), total, input_precision="ieee")
+            total = tl.dot(low, tl.trans(even), total, input_precision="ieee")
+            total = tl.dot(high, tl.trans(odd), total, input_precision="ieee")
         else:
             values = tl.load(x_row + byte[None, :], mask=row_mask & (byte < columns)[None, :], other=0.0)
             converted = held.to(x.dtype.element_ty)
             total = tl.dot(converted, tl.trans(values), total, input_precision="ieee")
     mask = feature_mask & (row < rows)[None, :]
     place = row.to(tl.int64)[None, :] * features + feature[:, None]
-    if SPLITS > 1:
+    if IS_SPLIT:
         part = split.to(tl.int64) * rows * features
         tl.store(out + part + place, total, mask=mask)
     else:
@@ -157,7 +129,10 @@ def _join_parts(
     HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        await_previous_launch()
     feature = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     mask = feature < features
@@ -170,36 +145,25 @@ def _join_parts(
     tl.store(out + row * features + feature, total.to(out.dtype.element_ty), mask=mask)
 
 
-def _vector_tile(length: int) -> VectorTile:
-    return VectorTile(4, min(1024, power_of_two(length)), 4)
+def choose_tile(rows: int, dtype: torch.dtype) -> Tile:
+    """The tile for so many rows; up to 32 two warps, as four take a slower way through Hopper's units."""
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 2)
+    if rows <= 32:
+        return Tile(32, 128, 2, 4) if rows <= 16 else Tile(64, 64, 2, 6)
+    return Tile(128, 64, 4, 4)
 
 
-def _matrix_tile(rows: int, wide: bool) -> MatrixTile:
-    if wide:
-        return MatrixTile(32, 32, 4, 2)
-    return MatrixTile(64, 128, 4, 4) if rows <= 32 else MatrixTile(128, 64, 4, 4)
+def choose_splits(programs: int, length: int, device: torch.device) -> int:
+    """Into how many parts to split sums over so many bytes of a weight row, without it so many programs."""
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs
+    most = max(1, min(wanted, length // BYTES_WORTH_SPLITTING, MOST_SPLITS))
+    return power_of_two(most + 1, at_least=2) // 2
 
 
-def _splits(programs: int, length: int, device: torch.device) -> int:
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // max(programs, 1)
-    return max(1, min(wanted, length // BYTES_WORTH_SPLITTING, 8))
-
-
-def launch_one_row(
-    matrix: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor, tile: VectorTile
-) -> None:
-    """One row; every program sums whole weight rows."""
-    features, length = weight.shape
-    _one_row[(ceil_div(features, tile.features),)](
-        matrix, weight, weight_scale, bias, out, features, matrix.shape[1], length, weight.stride(0),
-        HAS_BIAS=bias is not None, PACKED=weight_bits(weight) == 4,
-        BLOCK_N=tile.features, BLOCK_K=tile.length, num_warps=tile.warps,
-    )  # fmt: skip
-
-
-def launch_many_rows(
+def launch(
     matrix: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor,
-    tile: MatrixTile, splits: int,
+    tile: Tile, splits: int,
 ) -> None:  # fmt: skip
     """Any number of rows, the sums over K in `splits` parts."""
     rows, columns = matrix.shape
@@ -207,22 +171,22 @@ def launch_many_rows(
     block_m = min(LARGEST_BLOCK_M, power_of_two(rows))
     span = ceil_div(ceil_div(length, splits), tile.length) * tile.length
     target = out if splits == 1 else out.new_empty((splits, rows, features), dtype=torch.float32)
-    _many_rows[(ceil_div(features, tile.features), ceil_div(rows, block_m), splits)](
+    _weight_only[(ceil_div(features, tile.features), ceil_div(rows, block_m), splits)](
         matrix, weight, weight_scale, bias, target, rows, features, columns, length, span,
         matrix.stride(0), weight.stride(0), HAS_BIAS=bias is not None, PACKED=weight_bits(weight) == 4,
-        SPLITS=splits, BLOCK_M=block_m, BLOCK_N=tile.features, BLOCK_K=tile.length,
-        num_warps=tile.warps, num_stages=tile.stages,
+        IS_SPLIT=splits > 1, BLOCK_M=block_m, BLOCK_N=tile.features, BLOCK_K=tile.length,
+        num_warps=tile.warps, num_stages=tile.stages, **overlap(matrix),
     )  # fmt: skip
     if splits > 1:
         _join_parts[(ceil_div(features, 1024), rows)](
             target, weight_scale, bias, out, rows, features,
-            HAS_BIAS=bias is not None, SPLITS=splits, BLOCK=1024,
+            HAS_BIAS=bias is not None, SPLITS=splits, BLOCK=1024, **overlap(matrix),
         )  # fmt: skip
 
 
 @provider("weight_only_linear", name="tl", priority=PRIORITY, supports=supports)
 def weight_only_linear(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """One row is summed on the ordinary units, more go through the tensor cores."""
+    """Any number of rows; made for up to 32."""
     features, length = weight_codes.shape
     out = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
     matrix = row_matrix(x)
@@ -230,12 +194,8 @@ def weight_only_linear(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bi
     if not out.numel():
         return out
     weight = row_matrix(weight_codes)
+    tile = choose_tile(rows, x.dtype)
+    programs = ceil_div(features, tile.features) * ceil_div(rows, LARGEST_BLOCK_M)
     with on_device(x):
-        if rows == 1:
-            launch_one_row(matrix, weight, weight_scale, bias, out, _vector_tile(length))
-        else:
-            tile = _matrix_tile(rows, wide=x.dtype == torch.float32)
-            programs = ceil_div(features, tile.features) * ceil_div(rows, LARGEST_BLOCK_M)
-            splits = _splits(programs, length, x.device)
-            launch_many_rows(matrix, weight, weight_scale, bias, out, tile, splits)
+        launch(matrix, weight, weight_scale, bias, out, tile, choose_splits(programs, length, x.device))
     return out
