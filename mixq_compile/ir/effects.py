@@ -43,6 +43,11 @@ def is_in_place(node: Node) -> bool:
     return _name(node).endswith("_")
 
 
+def is_region(node: Node) -> bool:
+    """True for a call that runs a graph of its own, such as a region under autocast or a branch."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
 def has_effect(node: Node) -> bool:
     """True for a node that dead-code elimination must keep.
 
@@ -53,7 +58,7 @@ def has_effect(node: Node) -> bool:
         return True
     if node.op == "get_attr":
         return False
-    if is_in_place(node) or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if is_in_place(node) or is_region(node):
         return True
     schema = getattr(node.target, "_schema", None)
     return (schema is not None and bool(schema.is_mutable)) or node.is_impure()

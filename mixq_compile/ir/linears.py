@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 aten = torch.ops.aten
-TRANSPOSES = (torch.t, aten.t.default, "t")
+TRANSPOSES = (torch.t, aten.t.default, aten.numpy_T.default, aten.mT.default, "t")
 SWAPS = (torch.transpose, aten.transpose.int, "transpose", torch.permute, aten.permute.default, "permute")
 
 

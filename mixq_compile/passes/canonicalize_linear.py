@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
+from mixq_compile.ir.effects import is_region
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.roles import OTHER, ROUTER, role_of
 from mixq_compile.pipeline import Decision, Pass, PassContext
@@ -20,7 +21,7 @@ aten = torch.ops.aten
 LINEARS = (torch.nn.functional.linear, torch._C._nn.linear, aten.linear.default)
 ADDMMS = (torch.addmm, aten.addmm.default, "addmm")
 PRODUCTS = (torch.matmul, torch.mm, operator.matmul, aten.mm.default, aten.matmul.default, "matmul", "mm")
-ADDITIONS = (operator.add, torch.add, aten.add.Tensor, operator.iadd, "add")
+ADDITIONS = (operator.add, torch.add, aten.add.Tensor, operator.iadd, aten.add_.Tensor, "add", "add_")
 GROUPED = "unsupported: grouped (one product for several experts)"
 UNSUPPORTED = {"grouped_mm": GROUPED}
 MIXED_TYPES = "its input, weight and result differ in dtype, as under autocast: cast the model itself instead"
@@ -87,7 +88,7 @@ def _match_product(graph: CapturedGraph, node: Node) -> _Linear | None:
     x, matrix = _argument(node, 0, "input"), _argument(node, 1, "other")
     weight = graph.weight_parameter(matrix)
     tensor = graph.tensor(weight)
-    is_activation = isinstance(x, Node) and graph.tensor(x) is None
+    is_activation = isinstance(x, Node) and graph.weight_parameter(x) is None
     if not is_activation or weight is None or tensor is None or not _is_parameter(graph, weight, dims=2):
         return None
     swapped = weight is matrix
@@ -112,9 +113,8 @@ def _match(graph: CapturedGraph, node: Node) -> _Linear | None:
     return None
 
 
-def _parameter_behind(graph: CapturedGraph, product: Node) -> Node | None:
-    """The parameter that the second operand of a product is a view of."""
-    node = product.args[1] if len(product.args) > 1 else None
+def _parameter_behind(graph: CapturedGraph, node: Any) -> Node | None:
+    """The parameter that an operand is, or was made of along first arguments."""
     while isinstance(node, Node):
         if graph.tensor(node) is not None:
             return node
@@ -140,9 +140,12 @@ class CanonicalizeLinear(Pass):
         for node in graph.walk():
             if Annotations(node).role is not None:
                 continue
+            if is_region(node):
+                yield Decision.skipped(node, f"{node.target}: what is inside is not looked at")
+                continue
             reason = next((text for key, text in UNSUPPORTED.items() if key in str(node.target)), None)
             if reason is not None:
-                parameter = _parameter_behind(graph, node)
+                parameter = _parameter_behind(graph, node.args[1])
                 fqn = graph.parameter_name(parameter) if parameter is not None else graph.fqn(node)
                 yield Decision.skipped(node, reason, fqn=fqn)
                 view = Annotations(node)
@@ -152,7 +155,7 @@ class CanonicalizeLinear(Pass):
             found = _match(graph, node)
             if found is None:
                 continue
-            fqn = graph.fqn(node) or graph.parameter_name(found.weight).removesuffix(".weight")
+            fqn = graph.fqn(node) or self._parameter_owner(graph, found)
             if _is_mixed(graph, found):
                 yield Decision.skipped(node, MIXED_TYPES, fqn=fqn)
                 view = Annotations(node)
@@ -168,6 +171,10 @@ class CanonicalizeLinear(Pass):
             linear = node if is_canonical else self._rewrite(graph, node, found)
             view = Annotations(linear)
             view.fqn, view.role = fqn, role
+
+    def _parameter_owner(self, graph: CapturedGraph, found: _Linear) -> str:
+        parameter = _parameter_behind(graph, found.weight)
+        return "" if parameter is None else graph.parameter_name(parameter).removesuffix(".weight")
 
     def _rewrite(self, graph: CapturedGraph, node: Node, found: _Linear) -> Node:
         with graph.graph.inserting_before(found.replaces):

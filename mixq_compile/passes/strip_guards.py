@@ -13,6 +13,7 @@ from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 DETACHES = (torch.ops.aten.detach.default, torch.Tensor.detach, torch.detach, "detach")
+DROPOUTS = (torch.nn.functional.dropout, torch.ops.aten.dropout.default)
 ASSERTIONS = (
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_async.default,
@@ -21,14 +22,12 @@ ASSERTIONS = (
 
 
 def _is_idle_dropout(node: Node) -> bool:
-    """True for a dropout that passes its input through because it is not training."""
-    if node.target is torch.nn.functional.dropout:
-        probability: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-        training: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-        return training is False or (isinstance(probability, (int, float)) and probability == 0)
-    if node.target is torch.ops.aten.dropout.default:
-        return node.args[2] is False
-    return False
+    """True for a dropout that passes its input through because it is not training, or drops nothing."""
+    if node.target not in DROPOUTS:
+        return False
+    probability: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+    training: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+    return training is False or (isinstance(probability, (int, float)) and probability == 0)
 
 
 @dataclass(frozen=True)
