@@ -61,7 +61,7 @@ def linear() -> str:
     ]  # fmt: skip
     title = (
         f"**One linear on a GPU.** `w8a8o16` with {found['outliers']['columns']} outlier columns, "
-        f"{found['outliers']['size']:.0f} times the rest, on an {found['device']} against bf16 (cuBLAS), each "
+        f"{found['outliers']['size']:.0f} times the rest, on an {found['device']} beside bf16 (cuBLAS), both "
         "in a CUDA graph, L2 flushed, quantization and check included (`benchmarks/linear_gpu.py`); errors "
         "against float64, with outlier weights from their 16-bit originals (the default) and rebuilt "
         "from codes:"

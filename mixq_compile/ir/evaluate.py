@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -49,7 +50,8 @@ class Evaluator:
                 return self._known[key]
         except TypeError:
             key = None
-        with torch.no_grad(), _no_new_guards(self.fake_mode), self.fake_mode:
+        # The Python dispatcher decomposes composite operators, which read symbolic sizes as numbers in C++.
+        with torch.no_grad(), _no_new_guards(self.fake_mode), self.fake_mode, enable_python_dispatcher():
             if isinstance(target, str):
                 result = getattr(values[0], target)(*values[1:], **named)
             else:
