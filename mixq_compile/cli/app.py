@@ -1,0 +1,74 @@
+"""The application: every command under its name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from mixq_compile import __version__
+from mixq_compile.cli.calibrate import calibrate
+from mixq_compile.cli.demo import demo
+from mixq_compile.cli.doctor import doctor
+from mixq_compile.cli.eval import evaluate
+from mixq_compile.cli.passes import passes
+from mixq_compile.cli.pipelines import pipelines
+from mixq_compile.cli.quantize import quantize
+from mixq_compile.cli.running import command
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "doctor": doctor,
+    "calibrate": calibrate,
+    "quantize": quantize,
+    "eval": evaluate,
+    "passes": passes,
+    "pipelines": pipelines,
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mixq-compile {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Runs transformers with 8- and 4-bit linears, and outlier columns in 16 bit.
+
+    In Python: [bold]torch.compile(model, backend="mixq")[/bold]. Here: see what that gains (demo), what
+    it costs in accuracy (eval), and write quantized checkpoints (quantize).
+
+    MODEL, in every command, is a Hugging Face directory or hub name, a directory that
+    [bold]mixq quantize[/bold] wrote, or [bold]module:function[/bold], a Python function that returns a
+    model or (model, tokenizer).
+
+    Begin with: [bold]mixq doctor[/bold], then [bold]mixq demo[/bold].
+
+    Every command explains itself: [bold]mixq COMMAND --help[/bold].
+    """
+
+
+def _help(function: Callable[..., None]) -> str:
+    """A function's documentation without the line ends inside its paragraphs, which typer would keep."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+app.callback(help=_help(_root))(_root)
+for _name, _function in COMMANDS.items():
+    app.command(_name, help=_help(_function))(command(_function))

@@ -1,0 +1,154 @@
+"""`mixq eval`: what quantization costs in perplexity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixq_compile.cli.options import (
+    Capacity,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Lowering,
+    Miss,
+    ModelArgument,
+    StatsFile,
+    TextFile,
+    Threshold,
+    one_of,
+)
+from mixq_compile.cli.output import console, print_json, table
+from mixq_compile.errors import OptionError
+from mixq_compile.scheme import scheme_names
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMES = ", ".join(scheme_names())
+DEFAULT_SCHEME = "w8a8o16"
+PROTOCOL_NAMES = ("gptq", "llamacpp", "stories")
+
+
+def evaluate(
+    model: ModelArgument,
+    text: TextFile,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            callback=one_of("perplexity protocol", PROTOCOL_NAMES),
+            help="gptq (windows of 2048, the standard), llamacpp (512, second half scored) or "
+            "stories (texts between <|endoftext|>).",
+        ),
+    ] = "gptq",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score the first so many windows or stories.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=4, help="Tokens read together, in place of the protocol's.")
+    ] = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SCHEME",
+            help=f"{SCHEMES}, or none; repeatable. With options of its own: "
+            '"w4a4o16{threshold=inf}".  [dim]\\[default: w8a8o16][/dim]',
+        ),
+    ] = None,
+    threshold: Threshold = None,
+    capacity: Capacity = None,
+    miss: Miss = None,
+    stats: StatsFile = None,
+    calibrate_text: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, readable=True, help="Text to calibrate on, in place of --stats."
+        ),
+    ] = None,
+    no_calibrate: Annotated[
+        bool, typer.Option("--no-calibrate", help="Let 4-bit schemes find their columns while running.")
+    ] = False,
+    force: Force = False,
+    batch: Annotated[int, typer.Option(min=1, help="Windows run together.")] = 1,
+    generate: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Also write N tokens of greedy text.")
+    ] = 0,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What that text begins with.  [dim]\\[default: the text's first words][/dim]"),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    lowering: Lowering = "inductor",
+) -> None:
+    """Measure the perplexity of a language model in full precision and under each scheme.
+
+    The quantized models run through torch.compile(model, backend="mixq"). Schemes with 4-bit activations
+    need calibration: give --stats or --calibrate-text; else they are calibrated on the part of --text
+    that --limit leaves out. Figures of different protocols or texts do not compare, so both are printed.
+
+    Example: [bold]mixq eval MODEL --text wiki.test.raw --scheme w8a8o16 --scheme w4a4o16[/bold]
+    """
+    from mixq_compile.cli.evaluating import Evaluation
+    from mixq_compile.cli.scheme_choice import parse_choice
+
+    if stats is not None and calibrate_text is not None:
+        raise OptionError("--stats and --calibrate-text exclude each other: give one of them.")
+    common = {"threshold": threshold, "capacity": capacity, "miss": miss}
+    choices = [parse_choice(entry, common) for entry in scheme or [DEFAULT_SCHEME]]
+    evaluation = Evaluation(
+        source=model, text=text, protocol=protocol, limit=limit, window=window, batch=batch,
+        stats=stats, calibrate_text=calibrate_text, calibrates=not no_calibrate,
+        choices=tuple(choice for choice in choices if choice is not None), explicit=bool(scheme),
+        force=force, lowering=lowering, tokens=generate, prompt=prompt, device=device, dtype=dtype,
+    )  # fmt: skip
+    result = evaluation.run()
+    if json:
+        print_json(result)
+    else:
+        _print(console(), result)
+
+
+def _print(target: Console, result: dict[str, Any]) -> None:
+    rows = []
+    for row in result["rows"]:
+        share = row["outlier_share"]
+        rows.append(
+            (
+                row["label"],
+                f"{row['perplexity']:.4f}",
+                "" if row["delta"] is None else f"{row['delta']:+.4f}",
+                "" if row["linears"] is None else f"{row['quantized']} of {row['linears']}",
+                "" if share is None else f"{100 * share['mean']:.1f} %",
+                "" if share is None else f"{100 * share['max']:.1f} %",
+                f"{row['seconds']:.0f} s",
+            )
+        )
+    columns = ("", "perplexity", "delta", "linears quantized", "columns in 16 bit: mean", "max", "time")
+    target.print(table(f"{result['model']} on {result['device']}", columns, rows))
+    target.print(
+        f"protocol {result['protocol']}, window {result['window']}, {result['tokens_scored']} tokens scored "
+        f"in {result['documents']} documents; text {result['text']}, sha256 {result['text_sha256']}",
+        markup=False,
+    )
+    for row in result["rows"]:
+        for note in row["notes"]:
+            target.print(f"{row['label']}: {note}", markup=False)
+    if result["prompt"] is not None:
+        _print_texts(target, result)
+
+
+def _print_texts(target: Console, result: dict[str, Any]) -> None:
+    target.print(
+        "\nGreedy text through generate() with a static cache. The backend compiles the decoding steps; "
+        "the prompt is read by the uncompiled model.",
+    )
+    for row in result["rows"]:
+        agreement = row["agreement"]
+        same = f" (the first {agreement['equal_tokens']} tokens are the same)" if agreement else ""
+        target.print(f"\n{row['label']}{same}", style="bold", markup=False)
+        target.print(f"{result['prompt']}{row['generated']}", markup=False)

@@ -1,0 +1,85 @@
+"""What commands write: results to stdout as text or JSON, progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+WIDTH = 120
+"""Columns where the output is no terminal, which would tell its own."""
+MEBIBYTE = 2**20
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that respects NO_COLOR, and in a pipe does not squeeze tables into 80 columns."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH
+    return Console(stderr=stderr, width=width, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """Writes JSON to stdout; infinities and NaN, which JSON lacks, become texts."""
+    print(json.dumps(_finite(data), indent=1, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float) and not math.isfinite(data):
+        return str(data)
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return data
+
+
+def table(
+    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
+) -> Table:
+    """A table whose first `left` columns are text and the others figures; a cell is never markup."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, heading in enumerate(columns):
+        if place < left:
+            made.add_column(heading, overflow="fold", no_wrap=place == 0)
+        else:
+            made.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def mebibytes(count: float) -> str:
+    """A number of bytes in MiB."""
+    return f"{count / MEBIBYTE:.1f}"
+
+
+@contextmanager
+def step(what: str, *, spinner: bool = True) -> Iterator[None]:
+    """Says on stderr that something is under way, and how long it took.
+
+    A terminal shows a spinner meanwhile, anything else gets one line when it is done. No spinner where
+    what runs shows a bar of its own.
+    """
+    target = console(stderr=True)
+    begin = time.perf_counter()
+    if target.is_terminal and spinner:
+        with target.status(what):
+            yield
+    else:
+        yield
+    target.print(f"{what}: {time.perf_counter() - begin:.1f} s", style="dim", markup=False)

@@ -1,0 +1,157 @@
+"""`mixq quantize`: a quantized checkpoint from a 16- or 32-bit model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixq_compile.cli.options import (
+    Capacity,
+    Device,
+    Dtype,
+    Json,
+    Miss,
+    ModelArgument,
+    Scheme,
+    StatsFile,
+    Threshold,
+)
+from mixq_compile.cli.output import console, mebibytes, print_json, table
+from mixq_compile.errors import MixqError, OptionError
+from mixq_compile.scheme import get_scheme
+
+if TYPE_CHECKING:
+    from mixq_compile.runtime.report import Report
+
+
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
+    scheme: Scheme = "w8a8o16",
+    stats: StatsFile = None,
+    threshold: Threshold = None,
+    capacity: Capacity = None,
+    miss: Miss = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Name, part of a name or glob pattern of linears to leave alone; repeatable."),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=SCHEME", help="Another scheme for the linears that match; repeatable."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a directory with files in it.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Replace a model's linears by quantized ones and write the result to a directory.
+
+    The directory holds the codes instead of the weights, and the tokenizer. Load it with
+    mixq_compile.load_pretrained(DIR), or give it to `mixq eval`. Columns that stay in 16 bit are found
+    while running, and those of --stats are there from the start. Schemes with 4-bit weights need
+    --stats, and keep to its columns (--miss static).
+
+    Example: [bold]mixq quantize MODEL --output quantized --scheme w8a8o16[/bold]
+    """
+    from mixq_compile.cli.models import load_model
+    from mixq_compile.runtime.checkpoint import save_pretrained
+    from mixq_compile.runtime.quantize import quantize as swap
+    from mixq_compile.runtime.report import report as report_on
+
+    _check_output(model, output, overwrite)
+    layers = _layers(layer or [])
+    if any(_needs_statistics(name) for name in (scheme, *layers.values())):
+        if stats is None:
+            raise OptionError(
+                f"a checkpoint keeps no 16-bit weights, so the columns that {scheme} leaves in 16 bit must "
+                f"be known before: run mixq calibrate {model} --text FILE --output stats.safetensors, and "
+                "give --stats stats.safetensors."
+            )
+        miss = miss or "static"
+    loaded = load_model(model, device, dtype)
+    if loaded.quantized:
+        raise OptionError(f"{model} is quantized already: give the directory of the original model.")
+    options: dict[str, Any] = {
+        "stats": stats,
+        "threshold": threshold,
+        "capacity": capacity,
+        "miss": miss,
+        "layers": layers,
+        "ignore": tuple(ignore) if ignore else ("lm_head",),
+    }
+    before = model_bytes(loaded.model)
+    swap(loaded.model, scheme, **options)
+    report = report_on(loaded.model)
+    if not report.quantized:
+        raise MixqError(f"none of the linears of {model} can be quantized, so nothing was written.")
+    save_pretrained(loaded.model, output)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(output)
+    after = model_bytes(loaded.model)
+    if json:
+        facts = {"directory": str(output), "bytes_before": before, "bytes_after": after}
+        print_json({**facts, "tokenizer": loaded.tokenizer is not None, **report.to_json()})
+    else:
+        _print(report, before, after, output, has_tokenizer=loaded.tokenizer is not None)
+
+
+def _check_output(model: str, output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise OptionError(f"--output {output} is a file: give a directory.")
+    if output.is_dir() and Path(model).is_dir() and output.samefile(model):
+        raise OptionError(f"--output {output} is the model's own directory, whose weights it would replace.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise OptionError(f"--output {output} has files in it: give another directory, or --overwrite.")
+
+
+def _layers(pairs: list[str]) -> dict[str, str]:
+    """Pattern to scheme, from `PATTERN=SCHEME` texts."""
+    split = [pair.rpartition("=") for pair in pairs]
+    for pattern, sign, _ in split:
+        if not sign or not pattern:
+            raise OptionError("--layer takes PATTERN=SCHEME, for example --layer down_proj=w8a8o16.")
+    return {pattern: scheme for pattern, _, scheme in split}
+
+
+def _needs_statistics(scheme: str) -> bool:
+    """True where columns found later could only be rebuilt from 4-bit codes, which are too coarse."""
+    chosen = get_scheme(scheme)
+    return chosen.weight.bits == 4 and chosen.outliers is not None
+
+
+def model_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers; those with several names count once."""
+    kept = {tensor.untyped_storage().data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _print(report: Report, before: int, after: int, output: Path, *, has_tokenizer: bool) -> None:
+    rows = [
+        (
+            linear.fqn,
+            linear.scheme or f"left alone: {linear.skip}",
+            f"{linear.out_features} x {linear.in_features}",
+            f"{len(linear.outlier_columns)}/{linear.capacity}" if linear.scheme else "",
+            mebibytes(linear.bytes_before),
+            mebibytes(linear.bytes_after),
+        )
+        for linear in report.linears
+    ]
+    target = console()
+    columns = ("linear", "scheme", "N x K", "outliers", "MiB before", "after")
+    target.print(
+        table(f"{len(report.quantized)} of {len(report.linears)} linears quantized", columns, rows, left=2)
+    )
+    target.print(f"model in memory: {mebibytes(before)} MiB before, {mebibytes(after)} MiB after")
+    target.print(
+        f"written to {output}" + ("" if has_tokenizer else " (the model has no tokenizer)"), markup=False
+    )
+    target.print(
+        f'load it: mixq_compile.load_pretrained("{output}")   measure it: mixq eval {output} --text FILE',
+        markup=False,
+    )

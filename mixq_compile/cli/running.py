@@ -1,0 +1,85 @@
+"""What every command has in common: `--debug`, errors as one message, exit codes, quiet libraries."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from mixq_compile.errors import MixqError, OptionError
+
+FAILURE, USAGE = 1, 2
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """The function as a command: takes `--debug` too, and shows a MixqError as its message.
+
+    Exit codes: 2 where the user's input is wrong (OptionError), 1 for any other failure.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        _quiet_libraries()
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                function(*args, **kwargs)
+        except Exception as error:
+            found = cause_of(error)
+            if found is None or debug:
+                raise
+            typer.echo(f"error: {found}", err=True)
+            raise typer.Exit(USAGE if isinstance(found, OptionError) else FAILURE) from error
+
+    # typer reads the options from the signature and from the annotations.
+    hints = typing.get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
+    option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    parameters = [
+        parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()
+    ]
+    run.__signature__ = signature.replace(parameters=[*parameters, option])  # type: ignore[attr-defined]
+    run.__annotations__ = {**hints, "debug": Debug}
+    return run
+
+
+def cause_of(error: BaseException) -> MixqError | None:
+    """The MixqError behind an error; torch.compile wraps what a backend raises in one of its own."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, MixqError):
+            return current
+        seen.add(id(current))
+        inner: BaseException | None = getattr(current, "inner_exception", None)
+        current = inner or current.__cause__ or current.__context__
+    return None
+
+
+def _quiet_libraries() -> None:
+    """No progress bars or chatter of others; what the user has set himself stays."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are for the user; those of libraries are for their callers."""
+    if "mixq" in str(message) or "mixq_compile" in filename:
+        print(f"warning: {message}", file=sys.stderr)

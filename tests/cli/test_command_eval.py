@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import pytest
+from commands import mixq, mixq_json
+from shared_data import shared_data, shared_text
+
+from mixq_compile.cli.texts import batches, windows
+
+SEPARATOR = "<|endoftext|>"
+FAST = ("--force", "--lowering", "eager", "--device", "cpu")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(SEPARATOR.join(f"{name} had a ball.\n" for name in ("Ann", "Bob", "Cleo", "Don")))
+    return path
+
+
+def test_stories(text: Path) -> None:
+    """Two stories under three schemes, 4 bit calibrated on the stories that are not scored."""
+    text.write_text(SEPARATOR.join(shared_text("tinystories.txt").split(SEPARATOR)[:10]))
+    result = mixq_json(
+        "eval", shared_data("stories260k"), "--text", text,
+        "--protocol", "stories", "--limit", 2, "--scheme", "w8a8o16", "--scheme", "w4a4o16",
+        "--scheme", "w4a4o16{threshold=inf}", "--scheme", "none", *FAST,
+    )  # fmt: skip
+    full, eight, four, plain = result["rows"]
+    assert (result["protocol"], result["documents"]) == ("stories", 2)
+    assert len(result["text_sha256"]) == 64
+    assert full["delta"] is None
+    assert abs(eight["delta"]) < 0.05
+    assert eight["delta"] < four["delta"] < plain["delta"]
+    assert eight["quantized"] == 35
+    assert 0 < four["outlier_share"]["max"] <= 0.25
+    assert four["notes"][0].startswith("calibrated on the last 8 windows")
+    assert plain["outlier_share"]["max"] == 0
+    assert not any("calibrated" in note for note in plain["notes"])
+
+
+def test_generation(text: Path) -> None:
+    arguments = (
+        "tiny_models:llama",
+        "--text",
+        text,
+        "--protocol",
+        "stories",
+        "--generate",
+        4,
+        "--prompt",
+        "Ann",
+    )
+    result = mixq_json("eval", *arguments, "--scheme", "w8a8o16", *FAST)
+    full, eight = result["rows"]
+    assert result["prompt"] == "Ann"
+    assert isinstance(full["generated"], str)
+    assert eight["agreement"]["equal_tokens"] <= 4
+    assert "Greedy text" in mixq("eval", *arguments, *FAST).stdout
+
+
+def test_a_file_of_statistics_and_a_quantized_directory(text: Path, tmp_path: Path) -> None:
+    model, stats, folder = "tiny_models:llama", tmp_path / "stats.safetensors", tmp_path / "quantized"
+    calibrated = mixq_json("calibrate", model, "--text", text, "--output", stats, "--batch", 2)
+    assert calibrated["windows"] == 4
+    assert len(calibrated["linears"]) == 8
+    written = mixq_json("quantize", model, "--output", folder, "--scheme", "w4a4o16", "--stats", stats)
+    assert written["tokenizer"]
+    assert written["bytes_after"] < written["bytes_before"]
+    skipped = [linear["fqn"] for linear in written["linears"] if linear["scheme"] is None]
+    assert skipped == ["lm_head"]
+    common = ("--text", text, "--protocol", "stories", *FAST)
+    four = ("--scheme", "w4a4o16", "--stats", stats, "--miss", "static")
+    (row,) = mixq_json("eval", folder, *common)["rows"]
+    assert row["quantized"] == 7
+    reference, other = mixq_json("eval", model, *four, *common)["rows"]
+    assert row["perplexity"] == pytest.approx(other["perplexity"], rel=1e-3)
+    assert other["perplexity"] == pytest.approx(reference["perplexity"], rel=0.1)
+    assert "is quantized already" in mixq("eval", folder, "--scheme", "w8a8", *common, code=2).stderr
+    assert "is quantized already" in mixq("quantize", folder, "--output", tmp_path / "x", code=2).stderr
+
+
+def test_four_bit_weights_need_statistics(tmp_path: Path) -> None:
+    arguments = ("quantize", "tiny_models:llama", "--output", tmp_path / "q", "--scheme", "w4a8o16")
+    assert "run mixq calibrate tiny_models:llama" in mixq(*arguments, code=2).stderr
+
+
+def test_a_directory_with_files_is_not_written_to(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("")
+    arguments = ("quantize", "tiny_models:llama", "--output", tmp_path)
+    assert "has files in it" in mixq(*arguments, code=2).stderr
+    assert "7 of 8 linears quantized" in mixq(*arguments, "--overwrite").stdout
+    own = ("quantize", tmp_path, "--output", tmp_path, "--overwrite")
+    assert "the model's own directory" in mixq(*own, code=2).stderr
+    assert "is a file" in mixq("quantize", "tiny_models:llama", "--output", text, code=2).stderr
+
+
+def test_linears_with_a_scheme_of_their_own(tmp_path: Path) -> None:
+    result = mixq_json(
+        "quantize", "tiny_models:llama", "--output", tmp_path / "q",
+        "--layer", "down_proj=w8a16", "--ignore", "q_proj", "--ignore", "lm_head",
+    )  # fmt: skip
+    schemes = {linear["role"]: linear["scheme"] for linear in result["linears"]}
+    assert schemes["down"] == "w8a16"
+    assert schemes["q"] is None
+    assert schemes["k"] == "w8a8o16"
+
+
+def test_models_that_eval_refuses(text: Path) -> None:
+    shown = mixq("eval", "tiny_models:bert", "--text", text, code=1).stderr
+    assert "does not predict the next token" in shown
+
+
+def test_calibration_needs_a_folder_to_write_to(text: Path) -> None:
+    shown = mixq("calibrate", "tiny_models:llama", "--text", text, "--output", "/nowhere/stats", code=2)
+    assert "there is no folder /nowhere" in shown.stderr
+
+
+def test_windows_are_cut_by_document_and_batched_by_length() -> None:
+    import tiny_models
+
+    ids = windows(tiny_models.tokenizer(), "abcdefg<|endoftext|>xy<|endoftext|> \n<|endoftext|>hij", 4, 10)
+    assert [len(window) for window in ids] == [4, 4, 2, 3, 4]
+    assert all(window[0] == 1 for window in ids)
+    assert [tuple(batch["input_ids"].shape) for batch in batches(ids, 2)] == [(2, 4), (1, 4), (1, 2), (1, 3)]

@@ -1,0 +1,58 @@
+"""Untrained models and a tokenizer of single letters, for `module:function`."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+LETTERS = [*string.printable]
+VOCABULARY = len(SPECIAL) + len(LETTERS)
+
+
+def tokenizer() -> Any:
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    numbers = {token: number for number, token in enumerate([*SPECIAL, *LETTERS])}
+    made = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
+    made.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    made.decoder = Fuse()
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", numbers["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def llama() -> tuple[Any, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=VOCABULARY, max_position_embeddings=128,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), tokenizer()
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=300
+    )
+    return BertModel(config)
+
+
+def convolution() -> Any:
+    import torch
+
+    return torch.nn.Conv2d(3, 8, 3)
+
+
+def nothing() -> None:
+    return None
