@@ -21,13 +21,32 @@ from mixq_compile.ops.declarations import (
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
 from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.scheme import OutlierPolicy
 
 
-def small_batch_limit_of(x: Tensor, weight_codes: Tensor, batch_invariant: bool) -> int:
-    """The largest M that takes the weight-only path for this weight; 0 where one kernel serves all M."""
+def policy_text(policy: OutlierPolicy | None) -> str:
+    """Miss policy and configured threshold in one text, such as `exact 6.0`.
+
+    A text, because Dynamo makes a graph input of a float where shapes are dynamic. Passes compare the
+    threshold; the one in force is in the state.
+    """
+    return f"{policy.miss} {policy.threshold!r}" if policy else "static inf"
+
+
+def parse_policy(text: str) -> tuple[str, float]:
+    """Miss policy and threshold that `policy_text` wrote."""
+    miss, _, threshold = text.partition(" ")
+    return miss, float(threshold)
+
+
+def small_batch_limit_of(x: Tensor, weight_codes: Tensor, in_features: int, batch_invariant: bool) -> int:
+    """The largest M that takes the weight-only path for this weight; 0 where one kernel serves all M.
+
+    `in_features` is given apart, because x's own may be symbolic.
+    """
     if batch_invariant:
         return 0
-    return small_batch_limit(linear_query(x, weight_codes.shape[0], x.shape[-1], weight_bits(weight_codes)))
+    return small_batch_limit(linear_query(x, weight_codes.shape[0], in_features, weight_bits(weight_codes)))
 
 
 @torch.library.custom_op(
@@ -47,19 +66,18 @@ def linear(
     outlier_weight: Tensor,
     original: Tensor,
     activation_bits: int,
-    threshold: float,
     batch_invariant: bool,
-    miss: str,
+    policy: str,
 ) -> Tensor:
     """The quantized linear `[..., K] -> [..., N]`: the composition of the other operators.
 
     activation_bits 16 is weight-only; C = 0 slots or the policy `static` never learn columns.
-    original is the 16-bit weight or an empty tensor. threshold is the configured one, which passes
-    compare; the one in force is in the state.
+    original is the 16-bit weight or an empty tensor. policy is what `policy_text` writes.
     """
+    miss, _ = parse_policy(policy)
     if activation_bits == 16:
         return weight_only_linear(x, weight_codes, weight_scale, bias, AUTO)  # type: ignore[no-any-return]
-    small_m = small_batch_limit_of(x, weight_codes, batch_invariant)
+    small_m = small_batch_limit_of(x, weight_codes, column_slot.shape[0], batch_invariant)
     if miss == "static" or index.shape[0] == 0:
         count = counters
         codes, scale, outliers = quantize(x, index, column_slot, counters, activation_bits, small_m, AUTO)

@@ -13,7 +13,7 @@ from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.roles import role_of
 from mixq_compile.ir.shapes import row_count
-from mixq_compile.ops.linear import small_batch_limit_of
+from mixq_compile.ops.linear import parse_policy, small_batch_limit_of
 from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import AUTO
 from mixq_compile.passes._mixed_linear import MixedLinear
@@ -42,7 +42,8 @@ class ExpandLinear(Pass):
         arguments: tuple[Any, ...] = node.args
         x, weight_codes, weight_scale, bias, *rest = arguments
         state, (cached_index, outlier_weight, original) = tuple(rest[:5]), rest[5:8]
-        bits, threshold, batch_invariant, miss = rest[8:]
+        bits, batch_invariant, policy_text = rest[8:]
+        miss, threshold = parse_policy(policy_text)
 
         def call(operator: Any, *operands: Any) -> Node:
             made = graph.call(operator, operands, like=node)
@@ -50,7 +51,10 @@ class ExpandLinear(Pass):
             view.fqn, view.role = fqn, role_of(fqn)
             return made
 
-        small_m = small_batch_limit_of(graph.value(x), graph.value(weight_codes), batch_invariant)
+        in_features = graph.value(state[1]).shape[0]
+        small_m = small_batch_limit_of(
+            graph.value(x), graph.value(weight_codes), in_features, batch_invariant
+        )
         fixed, _ = row_count(graph.value(x))
         if bits == 16 or (fixed is not None and fixed <= small_m):
             return call(mixq.weight_only_linear.default, x, weight_codes, weight_scale, bias, AUTO)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixq_compile import ops
+from mixq_compile.ops.linear import policy_text
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import aligned_empty, dequantize_weight, quantize_weight
 from mixq_compile.scheme import QuantScheme
@@ -53,6 +54,7 @@ class MixqLinear(nn.Module):
         self.batch_invariant = batch_invariant
         self.calibrated: tuple[tuple[int, float], ...] = ()
         policy = scheme.outliers
+        self.policy = policy_text(policy)
         capacity = policy.capacity_for(in_features) if policy else 0
         codes_columns = in_features if scheme.weight.bits == 8 else (in_features + 1) // 2
         codes_dtype = torch.int8 if scheme.weight.bits == 8 else torch.uint8
@@ -155,15 +157,13 @@ class MixqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized linear, learning outlier columns as the scheme's policy says."""
-        policy = self.scheme.outliers
         return ops.linear(  # type: ignore[no-any-return]
             x, self.weight_codes, self.weight_scale, self.bias,
             self.index, self.column_slot, self.column_max, self.counters, self.effective_threshold,
             self.cached_index, self.outlier_weight, self.outlier_source,
             self.scheme.activation.bits if self.scheme.activation else 16,
-            policy.threshold if policy else float("inf"),
             self.batch_invariant,
-            policy.miss if policy else "static",
+            self.policy,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

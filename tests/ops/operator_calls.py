@@ -158,7 +158,7 @@ def _linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     bits = 16 if shape.small_m else shape.activation_bits
     return (
         t.x, t.codes, t.scale, t.bias, *t.state.buffers(), t.cached_index, t.outlier_weight, t.original,
-        bits, 6.0, True, shape.miss,
+        bits, True, f"{shape.miss} 6.0",
     )  # fmt: skip
 
 

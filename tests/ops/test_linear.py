@@ -18,6 +18,8 @@ from mixq_compile.ops import (
     refresh_outlier_weights,
     weight_only_linear,
 )
+from mixq_compile.ops.linear import parse_policy, policy_text
+from mixq_compile.scheme import OutlierPolicy
 
 AUTO = "auto"
 
@@ -25,7 +27,7 @@ AUTO = "auto"
 def whole(t: Tensors, shape: Shape, bits: int) -> Tensor:
     return linear(  # type: ignore[no-any-return]
         t.x, t.codes, t.scale, t.bias, *t.state.buffers(), t.cached_index, t.outlier_weight, t.original,
-        bits, 6.0, True, shape.miss,
+        bits, True, f"{shape.miss} 6.0",
     )  # fmt: skip
 
 
@@ -79,3 +81,10 @@ def test_weight_only_takes_no_notice_of_outliers() -> None:
     before = copy.deepcopy(t.state)
     whole(t, shape, 16)
     assert all(torch.equal(a, b) for a, b in zip(t.state.buffers(), before.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.1, 5, float("inf")])
+def test_the_policys_text_round_trips(threshold: float) -> None:
+    policy = OutlierPolicy(threshold=threshold, miss="lazy")
+    assert parse_policy(policy_text(policy)) == ("lazy", threshold)
+    assert parse_policy(policy_text(None)) == ("static", float("inf"))

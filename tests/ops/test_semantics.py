@@ -97,7 +97,7 @@ def test_linear_equals_the_simulation(
     )
     result = linear(
         x, codes, scale, bias, *state.buffers(), cached, cache,
-        weight if originals else weight.new_empty(0), bits, THRESHOLD, True, "exact",
+        weight if originals else weight.new_empty(0), bits, True, "exact 6.0",
     )  # fmt: skip
     assert result.shape == (*leading, out_features)
     assert result.dtype == dtype
@@ -222,7 +222,7 @@ def test_not_finite_rows_give_nan_teach_nothing_and_disturb_no_other_row() -> No
         state.preload([9])
         cached, cache = torch.full((16,), -1, dtype=torch.int32), torch.zeros(24, 16)
         result = linear(
-            inputs, codes, scale, None, *state.buffers(), cached, cache, weight, 8, THRESHOLD, True, "exact"
+            inputs, codes, scale, None, *state.buffers(), cached, cache, weight, 8, True, "exact 6.0"
         )
         return result, state
 

@@ -1,0 +1,69 @@
+"""`prune-dead-weights`: what nothing reads any more is deleted, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from captures import ROUTES
+from linear_models import ATTENTION, captured, network, rows
+from rewriting import WHOLE, call, decisions, run
+from torch import nn
+
+
+def test_16_bit_weights_of_an_exported_program_are_deleted() -> None:
+    model = network()
+    graph = captured(model, "export")
+    run(graph, WHOLE.replace("kernel=ref}", "kernel=ref originals=false}", 1))
+    left = {name for name, _ in graph.module.named_parameters()}
+    assert not any(f"{name}.weight" in left for name in ATTENTION)
+    assert {"lm_head.weight", "attn.q_proj.bias"} <= left
+    assert hasattr(model.attn.q_proj, "weight"), "the program's own model lost a weight"
+
+
+def test_originals_that_are_read_stay() -> None:
+    graph = captured(network(), "export")
+    run(graph, WHOLE)
+    assert "attn.q_proj.weight" in {name for name, _ in graph.module.named_parameters()}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_state_buffers_that_were_joined_are_deleted(route: str) -> None:
+    graph = captured(network(), route)
+    run(graph, WHOLE)
+    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    assert set(graph.attached) <= read
+
+
+def test_placeholders_stay_although_nothing_reads_them() -> None:
+    graph = captured(network(), "dynamo")
+    before = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    run(graph, WHOLE.replace("kernel=ref}", "kernel=ref originals=false}", 1))
+    assert [node.name for node in graph.graph.nodes if node.op == "placeholder"] == before
+
+
+def test_dead_calls_are_erased_and_those_with_an_effect_stay() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls.add_(1)
+            x.sin()
+            return self.linear(x)
+
+    model = Counting()
+    graph = captured(model, "export")
+    run(graph, WHOLE)
+    before = model.calls.clone()
+    call(graph, rows(6))
+    assert torch.equal(graph.module.calls, before + 1), "a write was taken for dead"
+    assert not any("sin" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_each_deletion_is_a_decision() -> None:
+    graph = captured(network(), "export")
+    history = run(graph, WHOLE.replace("kernel=ref}", "kernel=ref originals=false}", 1))
+    found = {decision.fqn: decision.reason for decision in decisions(history, "prune-dead-weights")}
+    assert found["attn.q_proj.weight"] == "no reader is left: deleted"
