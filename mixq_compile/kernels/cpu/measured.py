@@ -1,0 +1,90 @@
+"""How much faster than the 16 or 32-bit linear these kernels are, measured once per process and shape."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mixq_compile.ops.declarations import mixed_linear, quantize_online, weight_only_linear
+from mixq_compile.ops.outlier_state import OutlierState
+from mixq_compile.ops.providers import KernelQuery
+from mixq_compile.ops.weight_codes import quantize_weight
+from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, TensorFormat
+
+LARGEST_ROWS = 1024
+LARGEST_WEIGHT = 1 << 24
+"""Elements: of a larger weight only so many rows are measured."""
+LARGEST_PRODUCTS = 1 << 30
+REPETITIONS = 3
+FASTER_IS_CLEAR = 0.02
+"""Seconds: a call that takes longer is timed once."""
+
+
+def _seconds(function: Callable[[], Tensor]) -> float:
+    """The best of a few calls, after one that does not count."""
+    function()
+    best = float("inf")
+    for _ in range(REPETITIONS):
+        begin = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - begin)
+        if best > FASTER_IS_CLEAR:
+            break
+    return best
+
+
+def _measured_shape(m: int, in_features: int, out_features: int) -> tuple[int, int]:
+    """Rows, rounded up to a power of two, and out_features to measure in place of the real ones."""
+    features = max(1, min(out_features, LARGEST_WEIGHT // in_features))
+    rows = 1 << (max(m, 1) - 1).bit_length()
+    return min(rows, LARGEST_ROWS, max(1, LARGEST_PRODUCTS // (features * in_features))), features
+
+
+@functools.cache
+def _mixed_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, features: int) -> float:
+    x = torch.randn(rows, in_features).clamp_(-4, 4).to(dtype)
+    weight = torch.randn(features, in_features).to(dtype)
+    codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
+    capacity = OutlierPolicy().capacity_for(in_features)
+    state = OutlierState.create(in_features, capacity, DEFAULT_THRESHOLD, "cpu")
+    state.preload(range(min(capacity, in_features) // 2))
+    outlier_weight = weight[:, :1].repeat(1, capacity)
+
+    def mixed() -> Tensor:
+        quantized = quantize_online(x, *state.buffers(), 8, "exact", 0, "cpu")
+        return mixed_linear(x, *quantized, codes, scale, outlier_weight, None, 0, "cpu")  # type: ignore[no-any-return]
+
+    return _seconds(lambda: torch.nn.functional.linear(x, weight)) / _seconds(mixed)
+
+
+@functools.cache
+def _weight_only_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, features: int) -> float:
+    x = torch.randn(rows, in_features).to(dtype)
+    weight = torch.randn(features, in_features).to(dtype)
+    codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
+    streamed = _seconds(lambda: weight_only_linear(x, codes, scale, None, "cpu"))
+    return _seconds(lambda: torch.nn.functional.linear(x, weight)) / streamed
+
+
+def _ratio(
+    measure: Callable[[torch.dtype, int, int, int, int], float], query: KernelQuery, m: int
+) -> float | None:
+    if query.in_features is None or query.out_features is None:
+        return None
+    rows, features = _measured_shape(m, query.in_features, query.out_features)
+    with torch.no_grad():
+        return measure(query.dtype, query.weight_bits, rows, query.in_features, features)
+
+
+def mixed_speedup(query: KernelQuery, m: int) -> float | None:
+    """Time of the ordinary linear over that of quantization and mixed linear together, at m rows."""
+    return _ratio(_mixed_ratio, query, m)
+
+
+def weight_only_speedup(query: KernelQuery, m: int) -> float | None:
+    """Time of the ordinary linear over that of the weight-only one, at m rows."""
+    return _ratio(_weight_only_ratio, query, m)

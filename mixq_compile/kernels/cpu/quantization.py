@@ -1,0 +1,98 @@
+"""`quantize` and `quantize_online` on the CPU: one pass over the rows, learning only where one exceeds."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from mixq_compile.kernels.cpu.availability import PRIORITY, supports
+from mixq_compile.kernels.cpu.build import library
+from mixq_compile.kernels.cpu.interface import QuantizeArguments, pointer, row_matrix, type_number
+from mixq_compile.kernels.ref.quantization import grow, replace
+from mixq_compile.ops.outlier_state import FROZEN
+from mixq_compile.ops.providers import provider
+from mixq_compile.ops.weight_codes import ROW_ALIGNMENT
+
+
+class Quantization:
+    """The results of one quantization of `[*leading, columns]`, filled in place and possibly again."""
+
+    def __init__(
+        self,
+        leading: tuple[int, ...],
+        columns: int,
+        dtype: torch.dtype,
+        index: Tensor,
+        column_slot: Tensor,
+        bits: int,
+    ) -> None:
+        self.columns, self.largest_code = columns, 2 ** (bits - 1) - 1
+        self.index, self.column_slot = index, column_slot
+        self.codes = torch.empty((*leading, -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT), dtype=torch.int8)
+        self.scale = torch.empty(leading, dtype=torch.float32)
+        self.outliers = torch.empty((*leading, index.shape[0]), dtype=dtype)
+        self.used = torch.empty(1, dtype=torch.int32)
+
+    def arguments(self, counters: Tensor | None, threshold: Tensor | None) -> QuantizeArguments:
+        """State and results for a kernel: without counters no column is an outlier.
+
+        With a threshold the kernel returns whether a row exceeds it and the state is not frozen.
+        """
+        return QuantizeArguments(
+            self.index.data_ptr(), self.column_slot.data_ptr(), pointer(counters), pointer(threshold),
+            self.codes.data_ptr(), self.scale.data_ptr(), self.outliers.data_ptr(), self.used.data_ptr(),
+            self.columns, self.index.shape[0], self.codes.shape[-1], self.largest_code,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def run(self, x: Tensor, counters: Tensor | None, threshold: Tensor | None = None) -> bool:
+        """Quantizes x `[M, K]`; returns what the kernel returns."""
+        arguments = self.arguments(counters, threshold)
+        exceeded = library().mixq_quantize(
+            byref(arguments), x.data_ptr(), type_number(x.dtype), x.stride(0), x.shape[0]
+        )
+        return bool(exceeded)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes `[..., K]`, scale `[...]` and outliers `[..., C]`."""
+        return self.codes[..., : self.columns], self.scale, self.outliers
+
+
+@provider("quantize", name="cpu", priority=PRIORITY, supports=supports)
+def quantize(
+    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, bits: int, small_m: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes rows with fixed outlier columns."""
+    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, index, column_slot, bits)
+    call.run(row_matrix(x), count if index.shape[0] else None)
+    return call.results()
+
+
+@provider("quantize_online", name="cpu", priority=PRIORITY, supports=supports)
+def quantize_online(
+    x: Tensor,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    bits: int,
+    miss: str,
+    small_m: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantizes rows with the columns known so far; where a row exceeds, learns and quantizes again."""
+    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, index, column_slot, bits)
+    matrix = row_matrix(x)
+    if matrix.shape[0] <= small_m or not matrix.numel():
+        call.run(matrix, None)
+        return *call.results(), call.used
+    state = (index, column_slot, column_max, counters, effective_threshold)
+    if miss == "per_call" and not int(counters[FROZEN]):
+        replace(matrix.float(), *state)
+    if call.run(matrix, counters, None if miss in ("static", "per_call") else effective_threshold):
+        grow(matrix.float(), *state, may_evict=miss != "lazy")
+        if miss != "lazy":
+            call.run(matrix, counters)
+    return *call.results(), call.used

@@ -1,0 +1,149 @@
+// Rows to int8 codes, one scale a row, and the outlier columns; each row is read from memory once.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "numbers.h"
+
+namespace mixq {
+
+constexpr float EPSILON = 0x1p-96f;
+constexpr int32_t INFINITY_BITS = 0x7f800000;
+
+// State and results of one quantization; `QuantizeArguments` in interface.py has the same fields.
+struct QuantizeArguments {
+    const int32_t* index;        // [C]
+    const int32_t* column_slot;  // [K]
+    int32_t* counters;           // count, overflow, flag, frozen; null: no column is an outlier
+    const float* threshold;      // null: the columns are fixed
+    int8_t* codes;               // [M, K]
+    float* scale;                // [M]
+    void* outliers;              // [M, C]
+    int32_t* used;               // the number of outlier columns that the results hold
+    int64_t columns, capacity, codes_stride;
+    int32_t largest_code, threads;
+
+    int32_t count() const { return counters ? counters[0] : 0; }
+
+    bool masked() const {
+        bool any = false;
+        for (int64_t column = 0; column < columns; column++) any |= column_slot[column] >= 0;
+        return any;
+    }
+
+    // Ends a quantization: whether `largest`, of all finite rows, asks for learning.
+    bool finish(float largest) const {
+        constexpr int FLAG = 2, FROZEN = 3;
+        *used = count();
+        if (!threshold) return false;
+        counters[FLAG] = 0;
+        return largest > *threshold && !counters[FROZEN];
+    }
+};
+
+struct RowMaxima {
+    int32_t inner;    // bits of the largest magnitude outside the outlier columns
+    int32_t overall;  // the same with them
+};
+
+// The bit pattern of a magnitude orders like its value, and is at least INFINITY_BITS where not finite.
+template <bool MASKED, typename T>
+MIXQ_INLINE RowMaxima row_maxima(const T* row, const int32_t* column_slot, int64_t columns) {
+    IntVector inner{}, overall{};
+    int64_t column = 0;
+    for (; column + LANES <= columns; column += LANES) {
+        const IntVector magnitude = (IntVector)load_floats(row + column) & 0x7fffffff;
+        overall = maximum(overall, magnitude);
+        if (MASKED) inner = maximum(inner, magnitude & (load<IntVector>(column_slot + column) >> 31));
+    }
+    if (column < columns) {
+        const IntVector magnitude = (IntVector)load_floats(row + column, columns - column) & 0x7fffffff;
+        const IntVector slot = load_part<IntVector>(column_slot + column, columns - column);
+        overall = maximum(overall, magnitude);
+        if (MASKED) inner = maximum(inner, magnitude & (slot >> 31));
+    }
+    const int32_t largest = largest_lane(overall);
+    return {MASKED ? largest_lane(inner) : largest, largest};
+}
+
+template <bool MASKED>
+MIXQ_INLINE ByteVector codes_of(FloatVector values, IntVector slot, float inverse, int32_t largest_code) {
+    if (MASKED) values = (FloatVector)((IntVector)values & (slot >> 31));
+    // Adding and subtracting 1.5 * 2^23 rounds to an integer, to nearest even.
+    const FloatVector rounded = (values * inverse + 0x1.8p23f) - 0x1.8p23f;
+    const IntVector whole = __builtin_convertvector(rounded, IntVector);
+    const IntVector above = splat(-largest_code), below = splat(largest_code);
+    const IntVector bounded = maximum(whole, above);
+    return __builtin_convertvector(bounded < below ? bounded : below, ByteVector);
+}
+
+template <bool MASKED, typename T>
+void row_codes(
+    const T* row, const int32_t* column_slot, int64_t columns, float inverse, int32_t largest_code, int8_t* codes) {
+    int64_t column = 0;
+    for (; column + LANES <= columns; column += LANES) {
+        const IntVector slot = MASKED ? load<IntVector>(column_slot + column) : IntVector{};
+        store(codes + column, codes_of<MASKED>(load_floats(row + column), slot, inverse, largest_code));
+    }
+    if (column < columns) {
+        const int64_t rest = columns - column;
+        const IntVector slot = load_part<IntVector>(column_slot + column, rest);
+        const ByteVector last = codes_of<MASKED>(load_floats(row + column, rest), slot, inverse, largest_code);
+        std::memcpy(codes + column, &last, rest);
+    }
+}
+
+// Quantizes one row whose values may be wider than its outliers are stored.
+// Returns the bits of its largest magnitude outside the outlier columns, 0 where it is not finite.
+template <bool MASKED, typename T, typename Stored>
+int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_t row) {
+    const int64_t columns = arguments.columns;
+    int8_t* codes = arguments.codes + row * arguments.codes_stride;
+    Stored* outliers = (Stored*)arguments.outliers + row * arguments.capacity;
+
+    const int32_t count = arguments.count();
+    for (int32_t slot = 0; slot < count; slot++) from_float(to_float(values[arguments.index[slot]]), outliers[slot]);
+    std::memset(outliers + count, 0, (arguments.capacity - count) * sizeof(Stored));
+
+    const RowMaxima maxima = row_maxima<MASKED>(values, arguments.column_slot, columns);
+    if (maxima.overall >= INFINITY_BITS) {
+        arguments.scale[row] = NAN;
+        std::memset(codes, 0, columns);
+        return 0;
+    }
+    const float largest = as_float(maxima.inner);
+    const float largest_code = float(arguments.largest_code);
+    if (largest < EPSILON) {
+        arguments.scale[row] = EPSILON / largest_code;
+        std::memset(codes, 0, columns);
+    } else {
+        arguments.scale[row] = largest / largest_code;
+        const float inverse = largest_code / largest;
+        row_codes<MASKED>(values, arguments.column_slot, columns, inverse, arguments.largest_code, codes);
+    }
+    return maxima.inner;
+}
+
+// Returns the largest magnitude of all finite rows, outlier columns left out.
+template <bool MASKED, typename T>
+float quantize_rows(const QuantizeArguments& arguments, const T* x, int64_t stride, int64_t rows) {
+    int32_t largest = 0;
+#pragma omp parallel for num_threads(arguments.threads) schedule(static) reduction(max : largest)
+    for (int64_t row = 0; row < rows; row++) {
+        const int32_t row_largest = quantize_row<MASKED, T, T>(arguments, x + row * stride, row);
+        if (row_largest > largest) largest = row_largest;
+    }
+    return as_float(largest);
+}
+
+inline float quantize(const QuantizeArguments& arguments, const void* x, int type, int64_t stride, int64_t rows) {
+    if (!rows) return 0;
+    return with_type(type, [&](auto* element) {
+        const auto* values = (decltype(element))x;
+        return arguments.masked() ? quantize_rows<true>(arguments, values, stride, rows)
+                                  : quantize_rows<false>(arguments, values, stride, rows);
+    });
+}
+
+}  // namespace mixq
