@@ -42,7 +42,7 @@ REPLAYS = 31
 L2_FLUSH_BYTES = 256 << 20
 ERROR_ROWS = 1024
 """Errors are taken over at most so many rows: they do not depend on how many there are."""
-RESULTS = Path(__file__).parent / "results" / "linear_h200.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def time_us(function: Callable[[], object], flush: Tensor) -> float:
@@ -70,14 +70,16 @@ def time_us(function: Callable[[], object], flush: Tensor) -> float:
 class Layer:
     """One linear of nn.Linear's initial weights, packed, with its outlier state."""
 
-    def __init__(self, out_features: int, in_features: int) -> None:
+    def __init__(self, out_features: int, in_features: int, bits: int) -> None:
         bound = in_features**-0.5
         self.weight = torch.empty(out_features, in_features, device="cuda").uniform_(-bound, bound).bfloat16()
-        self.codes, self.scale = quantize_weight(self.weight, TensorFormat(8, "channel"))
+        self.codes, self.scale = quantize_weight(self.weight, TensorFormat(bits, "channel"))
         self.state = OutlierState.create(in_features, CAPACITY, 6.0, "cuda")
         self.cached_index = torch.full((CAPACITY,), -1, dtype=torch.int32, device="cuda")
         self.outlier_weight = torch.zeros(out_features, CAPACITY, dtype=torch.bfloat16, device="cuda")
-        query = KernelQuery("mixed_linear", self.weight.device, torch.bfloat16, 8, in_features, out_features)
+        query = KernelQuery(
+            "mixed_linear", self.weight.device, torch.bfloat16, bits, in_features, out_features
+        )
         self.small_m = small_batch_limit(query)
 
     def forget(self) -> None:
@@ -126,10 +128,10 @@ def activation(rows: int, in_features: int) -> Tensor:
     return x.bfloat16()
 
 
-def measure(name: str, flush: Tensor) -> list[dict[str, object]]:
+def measure(name: str, bits: int, flush: Tensor) -> list[dict[str, object]]:
     """One row of results for each M."""
     out_features, in_features = SHAPES[name]
-    layer = Layer(out_features, in_features)
+    layer = Layer(out_features, in_features, bits)
     found = []
     for rows in ROWS:
         x = activation(rows, in_features)
@@ -172,12 +174,13 @@ def table(results: list[dict[str, object]]) -> str:
 def main() -> None:
     """Measures all shapes, writes JSON and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=8, help="bits of a weight code")
+    parser.add_argument("--output", type=Path, help="where to write the JSON; default: benchmarks/results")
     parser.add_argument("--commit", default="", help="where the tree travels without its git folder")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    results = [row for name in SHAPES for row in measure(name, flush)]
+    results = [row for name in SHAPES for row in measure(name, arguments.bits, flush)]
     commit = arguments.commit
     if not commit:
         asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -187,11 +190,14 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit,
+        "weight_bits": arguments.bits,
         "outliers": {"columns": OUTLIERS, "size": OUTLIER_SIZE, "capacity": CAPACITY},
         "results": results,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    names = {8: "linear_h200.json", 4: "linear_h200_int4.json"}
+    output = arguments.output or RESULTS / names[arguments.bits]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(document, indent=1) + "\n")
     print(table(results))
 
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Learning new outlier columns on the device: one launch, which returns at once where the flag is down.
 
 Column maxima are taken by many programs; the last one to finish changes the state. It places columns

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """`mixed_linear` for Hopper GPUs (sm_90), in Gluon: a warp that loads and warps that multiply.
 
 The loading warp streams the int8 tiles and then the outlier tiles through one ring of buffers (64
@@ -47,8 +48,6 @@ else:
 
 DEPTH = 128
 """Bytes of K in one buffer: 128 codes, or 64 outlier columns of 16 bits."""
-PREFETCHED_BYTES = 32 << 20
-"""How much of the weight a launch brings to L2 (50 MB or more) before the launches before it are done."""
 LOADING_WARP_REGISTERS = 24
 REGISTERS_FOR_TWO = 128
 """Registers of a thread on entry that leave room for two programs of 8 warps on a multiprocessor."""
@@ -189,23 +188,7 @@ def _store_part(out, staging, part, first_row, first_feature):
     tma.async_copy_shared_to_global(out, [first_row, first_feature], staging)
 
 
-@gluon.jit
-def _prefetch_weight(
-    weight, weight_stride, prefetched, rows, features,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """Brings the beginning of the first tile's weight rows to L2: it does not depend on the launch before."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    _, across = _tile_place(gl.program_id(0), gl.cdiv(rows, BLOCK_M), gl.cdiv(features, BLOCK_N), GROUP)
-    feature = gl.minimum(across * BLOCK_N + gl.arange(0, BLOCK_N, layout), features - 1)
-    address = (weight + feature.to(gl.int64) * weight_stride).to(gl.int64)
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-        [address, gl.zeros_like(feature) + prefetched], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=["rows", "prefetched"])
+@gluon.jit(do_not_specialize=["rows"])
 def _specialized_warps(
     codes,  # [M, K] int8
     scale,  # [M] fp32
@@ -216,13 +199,9 @@ def _specialized_warps(
     outlier_weight,  # [N, C]
     bias,  # [N]
     out,  # [M, N], stored in PARTS of a tile
-    weight_codes,  # the same memory as weight
     rows,
     features,
     columns,
-    weight_stride,
-    prefetched,
-    PREFETCHES: gl.constexpr,
     HAS_SLOTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -244,10 +223,6 @@ def _specialized_warps(
         mbarrier.init(ready.index(place), count=1)
         mbarrier.init(empty.index(place), count=1)
     gdc_launch_dependents()
-    if PREFETCHES:
-        _prefetch_weight(
-            weight_codes, weight_stride, prefetched, rows, features, BLOCK_M, BLOCK_N, GROUP, num_warps
-        )
     gdc_wait()
     row_tiles, column_tiles = gl.cdiv(rows, BLOCK_M), gl.cdiv(features, BLOCK_N)
     steps = gl.cdiv(columns, BLOCK_K)
@@ -323,17 +298,13 @@ def launch(
     resident = 2 if tile.warps == 4 and 2 * shared_memory(tile) <= SHARED_MEMORY else 1
     left, right = [tile.rows, DEPTH // 2], [tile.features, DEPTH // 2]
     parts = _parts(tile)
-    started = min(resident * multiprocessors(codes.device), tiles)
-    rows_started = tile.features * min(started, ceil_div(features, tile.features))
-    prefetched = min(columns, PREFETCHED_BYTES // rows_started) // 16 * 16
-    _specialized_warps[(started,)](
+    _specialized_warps[(min(tiles, resident * multiprocessors(codes.device)),)](
         _describe(codes, [tile.rows, DEPTH]), scale,
         _describe(outliers, left) if slots else None, count,
         _describe(weight, [tile.features, DEPTH]), weight_scale,
         _describe(outlier_weight, right) if slots else None, bias,
-        _describe(out, [tile.rows, tile.features // parts]), weight, rows, features, columns,
-        weight.stride(0), prefetched,
-        PREFETCHES=prefetched > 0, HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None,
+        _describe(out, [tile.rows, tile.features // parts]), rows, features, columns,
+        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None,
         BLOCK_M=tile.rows, BLOCK_N=tile.features, BLOCK_K=DEPTH, BUFFERS=tile.buffers,
         GROUP=TILES_PER_GROUP, PARTS=parts,
         INSTRUCTION=min(tile.features, LARGEST_INTEGER_INSTRUCTION), REGISTERS=LOADING_WARP_REGISTERS,

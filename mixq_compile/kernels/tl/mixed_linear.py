@@ -1,9 +1,10 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,no-any-return"
 """`mixed_linear`: the integer product, its scales, the outlier product and the bias in one kernel.
 
 The int32 accumulator becomes fp32 in place (never fp16: sums beyond 65504 would be lost), is scaled,
 and the 16-bit outlier columns accumulate onto it, as many as the device-side count says. Three
 variants: `hopper` for what it supports, tensor descriptors on other GPUs that have them, plain pointers
-for the rest (4-bit weights, fp32, strides that are no multiple of 16 bytes).
+for the rest (fp32, strides that are no multiple of 16 bytes). A 4-bit weight is unpacked before.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from mixq_compile.kernels.tl.toolkit import (
     tl,
     triton,
 )
+from mixq_compile.kernels.tl.unpacking import eight_bit_codes
 from mixq_compile.kernels.tl.weight_only import weight_only_linear
 from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
-from mixq_compile.ops.weight_codes import weight_bits
 
 if TRITON_PROBLEM is None:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -65,7 +66,7 @@ def _through_pointers(
     scale,  # [M] fp32
     outliers,  # [M, C]
     count,  # [1] int32
-    weight,  # [N, K] int8, or [N, ceil(K/2)] uint8
+    weight,  # [N, K] int8
     weight_scale,  # [N] fp32
     outlier_weight,  # [N, C]
     bias,  # [N]
@@ -78,7 +79,6 @@ def _through_pointers(
     weight_stride,
     HAS_SLOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -93,7 +93,7 @@ def _through_pointers(
     feature = across * BLOCK_N + tl.arange(0, BLOCK_N)
     accumulator = integer_tile(
         codes, weight, row, feature, rows, features, columns, codes_stride, weight_stride,
-        PACKED, BLOCK_M, BLOCK_N, BLOCK_K,
+        BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     row_scale = tl.load(scale + row, mask=row < rows, other=0.0)
     feature_scale = tl.load(weight_scale + feature, mask=feature < features, other=0.0)
@@ -161,14 +161,12 @@ def _through_descriptors(
         out.store([first_row, first_feature + BLOCK_N // 2], right_half.to(DTYPE))
 
 
-def pointer_tile(rows: int, dtype: torch.dtype, packed: bool) -> Tile:
+def pointer_tile(rows: int, dtype: torch.dtype) -> Tile:
     """The tile of the plain-pointer variant."""
     if dtype == torch.float32:
         return Tile(32, 32, 64, 4, 2)
     if rows <= 64:
         return Tile(power_of_two(rows), 64, 128, 4, 4)
-    if packed:
-        return Tile(128, 128, 64, 8, 3)
     return Tile(64, 128, 128, 4, 3) if rows <= 256 else Tile(128, 128, 128, 8, 3)
 
 
@@ -184,9 +182,9 @@ def _aligned(tensor: Tensor) -> bool:
 
 
 def describable(codes: Tensor, outliers: Tensor, weight: Tensor, outlier_weight: Tensor, out: Tensor) -> bool:
-    """Whether tensor descriptors can address every matrix, whose weight has 8 bits."""
+    """Whether tensor descriptors can address every matrix."""
     matrices = [codes, weight, out] + ([outliers, outlier_weight] if outliers.shape[1] else [])
-    return weight_bits(weight) == 8 and all(_aligned(matrix) for matrix in matrices)
+    return all(_aligned(matrix) for matrix in matrices)
 
 
 def launch_pointers(
@@ -198,7 +196,7 @@ def launch_pointers(
     _through_pointers[(ceil_div(rows, tile.rows) * ceil_div(features, tile.features),)](
         codes, scale, outliers, count, weight, weight_scale, outlier_weight, bias, out,
         rows, features, columns, slots, codes.stride(0), weight.stride(0),
-        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None, PACKED=weight_bits(weight) == 4,
+        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None,
         BLOCK_M=tile.rows, BLOCK_N=tile.features, BLOCK_K=tile.depth, BLOCK_O=16 if slots <= 16 else 32,
         num_warps=tile.warps, num_stages=tile.stages, **overlap(codes),
     )  # fmt: skip
@@ -245,26 +243,23 @@ def mixed_linear(
     """The fastest variant that takes the call; at most `small_m` rows take the weight-only kernels."""
     if codes.numel() <= small_m * codes.shape[-1]:
         return weight_only_linear(x, weight_codes, weight_scale, bias)
-    code_rows, weight = row_matrix(codes), row_matrix(weight_codes)
-    rows, slots = code_rows.shape[0], outlier_weight.shape[1]
-    shape = (*x.shape[:-1], weight.shape[0])
-    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    code_rows = row_matrix(codes)
+    (rows, columns), (features, slots) = code_rows.shape, outlier_weight.shape
+    out = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    matrix = out.view(rows, weight.shape[0])
-    outlier_rows = outliers.reshape(rows, slots)
-    arguments = (
-        code_rows, scale.reshape(rows), outlier_rows, count, weight, weight_scale, outlier_weight, bias,
-        matrix,
-    )  # fmt: skip
-    describes = x.dtype != torch.float32 and describable(
-        code_rows, outlier_rows, weight, outlier_weight, matrix
-    )
+    matrix, outlier_rows = out.view(rows, features), outliers.reshape(rows, slots)
     with on_device(x):
-        if not (x.is_cuda and describes) or capability(x.device) < (9, 0):
-            launch_pointers(*arguments, pointer_tile(rows, x.dtype, weight_bits(weight) == 4))
+        weight = eight_bit_codes(row_matrix(weight_codes), columns)
+        arguments = (
+            code_rows, scale.reshape(rows), outlier_rows, count, weight, weight_scale, outlier_weight, bias,
+            matrix,
+        )  # fmt: skip
+        describes = x.is_cuda and capability(x.device) >= (9, 0) and x.dtype != torch.float32
+        if not (describes and describable(code_rows, outlier_rows, weight, outlier_weight, matrix)):
+            launch_pointers(*arguments, pointer_tile(rows, x.dtype))
         elif hopper.available(x.device):
-            hopper.launch(*arguments, hopper.choose_tile(rows, weight.shape[0], multiprocessors(x.device)))
+            hopper.launch(*arguments, hopper.choose_tile(rows, features, multiprocessors(x.device)))
         else:
             launch_descriptors(*arguments, descriptor_tile(rows))
     return out

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """`mixed_gemm` and `dequantize`: the two halves of `mixed_linear`, unfused. For checking, not for speed."""
 
 from __future__ import annotations
@@ -7,9 +8,9 @@ from torch import Tensor
 
 from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP, integer_tile, outlier_tile, tile_place
 from mixq_compile.kernels.tl.toolkit import PRIORITY, ceil_div, on_device, row_matrix, supports, tl, triton
+from mixq_compile.kernels.tl.unpacking import eight_bit_codes
 from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
-from mixq_compile.ops.weight_codes import weight_bits
 
 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_O = 32, 32, 64, 16
 ELEMENTS = 1024
@@ -21,7 +22,7 @@ def _both_products(
     codes,  # [M, K] int8
     outliers,  # [M, C]
     count,  # [1] int32
-    weight,  # [N, K] int8, or [N, ceil(K/2)] uint8
+    weight,  # [N, K] int8
     outlier_weight,  # [N, C]
     accumulator,  # [M, N] int32
     outlier_product,  # [M, N] fp32
@@ -32,7 +33,6 @@ def _both_products(
     codes_stride,
     weight_stride,
     HAS_SLOTS: tl.constexpr,
-    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,7 +46,7 @@ def _both_products(
     place = row.to(tl.int64)[:, None] * features + feature[None, :]
     sums = integer_tile(
         codes, weight, row, feature, rows, features, columns, codes_stride, weight_stride,
-        PACKED, BLOCK_M, BLOCK_N, BLOCK_K,
+        BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     tl.store(accumulator + place, sums, mask=mask)
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -87,17 +87,18 @@ def mixed_gemm(
     codes: Tensor, outliers: Tensor, count: Tensor, weight_codes: Tensor, outlier_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Both products by one kernel of small tiles."""
-    code_rows, weight = row_matrix(codes), row_matrix(weight_codes)
-    (rows, columns), features, slots = code_rows.shape, weight.shape[0], outlier_weight.shape[1]
+    code_rows = row_matrix(codes)
+    (rows, columns), (features, slots) = code_rows.shape, outlier_weight.shape
     shape = (*codes.shape[:-1], features)
     accumulator = torch.empty(shape, dtype=torch.int32, device=codes.device)
     outlier_product = torch.empty(shape, dtype=torch.float32, device=codes.device)
     if accumulator.numel():
         with on_device(codes):
+            weight = eight_bit_codes(row_matrix(weight_codes), columns)
             _both_products[(ceil_div(rows, BLOCK_M) * ceil_div(features, BLOCK_N),)](
                 code_rows, outliers.reshape(rows, slots), count, weight, outlier_weight, accumulator,
                 outlier_product, rows, features, columns, slots, code_rows.stride(0), weight.stride(0),
-                HAS_SLOTS=slots > 0, PACKED=weight_bits(weight) == 4, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                HAS_SLOTS=slots > 0, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K, BLOCK_O=BLOCK_O,
             )  # fmt: skip
     return accumulator, outlier_product

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
 """`quantize` and `quantize_online`: row scales, codes and the extracted outlier columns in one pass.
 
 An online call is up to three launches: quantize with the columns known so far, raising a flag on the
@@ -39,7 +40,7 @@ PROGRAMS_TO_QUANTIZE_AGAIN = 2
 """So few, because in most calls they only look at the flag."""
 FEW_ROWS = 512
 """Up to so many rows, more warps share each."""
-PARTS_HELD = 8
+PARTS_HELD = 6
 """Where a row has at most so many parts, a program keeps which columns are outliers in registers."""
 
 _EPSILON = tl.constexpr(EPSILON)
@@ -103,6 +104,9 @@ def _quantize_rows(
     if MODE == _ALWAYS:
         tl.store(counters + _FLAG, 1, mask=(program == 0) & learns)
 
+    if SLOTS > 0:
+        place = tl.arange(0, SLOTS)
+        outlier_column = tl.load(index + place, mask=(place < count) & (place < slots), other=0)
     inner_columns = ()
     if HOLDS:
         for part in tl.static_range(PARTS):
@@ -113,6 +117,8 @@ def _quantize_rows(
         wide_row = tl.cast(row, tl.int64)
         x_row = x + wide_row * x_stride
         codes_row = codes + wide_row * codes_stride
+        if SLOTS > 0:
+            taken = tl.load(x_row + outlier_column, mask=place < count, other=0.0)
         # The row stays in registers, in parts because its length is seldom a power of two.
         parts = ()
         largest = tl.zeros((PART,), dtype=tl.float32)
@@ -150,9 +156,6 @@ def _quantize_rows(
                 tl.store(codes_row + column, tl.zeros((PART,), dtype=tl.int8), mask=column < columns)
 
         if SLOTS > 0:
-            place = tl.arange(0, SLOTS)
-            source = tl.load(index + place, mask=(place < count) & (place < slots), other=0)
-            taken = tl.load(x_row + source, mask=place < count, other=0.0)
             tl.store(outliers + wide_row * slots + place, taken, mask=place < slots)
 
 

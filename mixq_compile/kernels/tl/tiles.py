@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Parts of the matrix kernels: the order of output tiles, and the products of one tile through pointers."""
 
 from __future__ import annotations
@@ -18,16 +19,9 @@ def tile_place(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def unpack_nibbles(packed):
-    """int8 codes of the even and of the odd columns that uint8 bytes hold."""
-    both = packed.to(tl.int8, bitcast=True)
-    return (both << 4) >> 4, both >> 4
-
-
-@triton.jit
 def integer_tile(
     codes, weight, row, feature, rows, features, columns, codes_stride, weight_stride,
-    PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """int32 `[BLOCK_M, BLOCK_N]`: codes times weight codes over all columns."""
     codes_row = codes + row.to(tl.int64)[:, None] * codes_stride
@@ -37,14 +31,8 @@ def integer_tile(
     for start in range(0, columns, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         left = tl.load(codes_row + column[None, :], mask=row_mask & (column < columns)[None, :], other=0)
-        if PACKED:
-            byte = start // 2 + tl.arange(0, BLOCK_K // 2)
-            byte_mask = feature_mask & (byte < (columns + 1) // 2)[None, :]
-            low, high = unpack_nibbles(tl.load(weight_row + byte[None, :], mask=byte_mask, other=0))
-            right = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K))
-        else:
-            mask = feature_mask & (column < columns)[None, :]
-            right = tl.load(weight_row + column[None, :], mask=mask, other=0)
+        mask = feature_mask & (column < columns)[None, :]
+        right = tl.load(weight_row + column[None, :], mask=mask, other=0)
         accumulator = tl.dot(left, tl.trans(right), accumulator, out_dtype=tl.int32)
     return accumulator
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """What every Triton kernel here shares: Triton itself where it is installed, and facts about the device."""
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from torch import Tensor
 
 from mixq_compile.errors import KernelError
 from mixq_compile.ops.providers import KernelQuery
+
+__all__ = [
+    "PRIORITY", "TRITON_PROBLEM", "await_previous_launch", "capability", "ceil_div", "interpreting",
+    "multiprocessors", "on_device", "overlap", "power_of_two", "row_matrix", "supports", "tl", "triton",
+]  # fmt: skip
 
 PRIORITY = 20
 OLDEST_CAPABILITY = (8, 0)

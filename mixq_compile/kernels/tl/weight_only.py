@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """`weight_only_linear`: a 16 or 32-bit activation times integer codes, read once, near the memory floor.
 
 The codes are converted in registers to the activation's dtype, which holds them exactly. Long sums over
@@ -11,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixq_compile.kernels.tl.tiles import unpack_nibbles
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
     await_previous_launch,
@@ -25,11 +25,12 @@ from mixq_compile.kernels.tl.toolkit import (
     tl,
     triton,
 )
+from mixq_compile.kernels.tl.unpacking import nibble_values
 from mixq_compile.ops.providers import provider
 from mixq_compile.ops.weight_codes import weight_bits
 
 LARGEST_BLOCK_M = 64
-BYTES_WORTH_SPLITTING = 1024
+BYTES_WORTH_SPLITTING = 512
 """A split sums over at least this many bytes of each weight row."""
 MOST_SPLITS = 4
 PROGRAMS_PER_MULTIPROCESSOR = 5
@@ -42,21 +43,6 @@ class Tile(NamedTuple):
     length: int
     warps: int
     stages: int
-
-
-@triton.jit
-def _nibble_values(packed, dtype: tl.constexpr):
-    """Codes of the even and of the odd columns as floating-point numbers."""
-    if dtype == tl.float32:
-        low, high = unpack_nibbles(packed)
-        return low.to(tl.float32), high.to(tl.float32)
-    # From the base on, the last bits of a number count ones: the code plus 8 put there adds just that.
-    base: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
-    base_bits: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
-    wide = packed.to(tl.int16)
-    low = (((wide & 0xF) ^ 8) | base_bits).to(dtype, bitcast=True) - (base + 8)
-    high = ((((wide >> 4) & 0xF) ^ 8) | base_bits).to(dtype, bitcast=True) - (base + 8)
-    return low, high
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -79,6 +65,7 @@ def _weight_only(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     if OVERLAPS:
@@ -96,7 +83,7 @@ def _weight_only(
         mask = feature_mask & (byte < length)[None, :]
         held = tl.load(weight_row + byte[None, :], mask=mask, other=0)
         if PACKED:
-            low, high = _nibble_values(held, x.dtype.element_ty)
+            low, high = nibble_values(held, x.dtype.element_ty, ASSEMBLY)
             column = 2 * start + tl.arange(0, 2 * BLOCK_K)
             values = tl.load(x_row + column[None, :], mask=row_mask & (column < columns)[None, :], other=0.0)
             even, odd = tl.split(tl.reshape(values, (BLOCK_M, BLOCK_K, 2)))
@@ -145,18 +132,20 @@ def _join_parts(
     tl.store(out + row * features + feature, total.to(out.dtype.element_ty), mask=mask)
 
 
-def choose_tile(rows: int, dtype: torch.dtype) -> Tile:
+def choose_tile(rows: int, dtype: torch.dtype, bits: int) -> Tile:
     """The tile for so many rows; up to 32 two warps, as four take a slower way through Hopper's units."""
     if dtype == torch.float32:
         return Tile(32, 32, 4, 2)
+    if rows <= 16:
+        return Tile(32, 128, 2, 4) if bits == 8 else Tile(64, 128, 2, 3)
     if rows <= 32:
-        return Tile(32, 128, 2, 4) if rows <= 16 else Tile(64, 64, 2, 6)
+        return Tile(64, 64, 2, 6) if bits == 8 else Tile(64, 64, 2, 4)
     return Tile(128, 64, 4, 4)
 
 
-def choose_splits(programs: int, length: int, device: torch.device) -> int:
+def choose_splits(programs: int, length: int, bits: int, device: torch.device) -> int:
     """Into how many parts to split sums over so many bytes of a weight row, without it so many programs."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs if bits == 8 else MOST_SPLITS
     most = max(1, min(wanted, length // BYTES_WORTH_SPLITTING, MOST_SPLITS))
     return power_of_two(most + 1, at_least=2) // 2
 
@@ -175,7 +164,7 @@ def launch(
         matrix, weight, weight_scale, bias, target, rows, features, columns, length, span,
         matrix.stride(0), weight.stride(0), HAS_BIAS=bias is not None, PACKED=weight_bits(weight) == 4,
         IS_SPLIT=splits > 1, BLOCK_M=block_m, BLOCK_N=tile.features, BLOCK_K=tile.length,
-        num_warps=tile.warps, num_stages=tile.stages, **overlap(matrix),
+        num_warps=tile.warps, num_stages=tile.stages, ASSEMBLY=matrix.is_cuda, **overlap(matrix),
     )  # fmt: skip
     if splits > 1:
         _join_parts[(ceil_div(features, 1024), rows)](
@@ -194,8 +183,10 @@ def weight_only_linear(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bi
     if not out.numel():
         return out
     weight = row_matrix(weight_codes)
-    tile = choose_tile(rows, x.dtype)
+    bits = weight_bits(weight)
+    tile = choose_tile(rows, x.dtype, bits)
     programs = ceil_div(features, tile.features) * ceil_div(rows, LARGEST_BLOCK_M)
+    splits = choose_splits(programs, length, bits, x.device)
     with on_device(x):
-        launch(matrix, weight, weight_scale, bias, out, tile, choose_splits(programs, length, x.device))
+        launch(matrix, weight, weight_scale, bias, out, tile, splits)
     return out
