@@ -80,7 +80,7 @@ class CapturedGraph:
 
     def with_module(self, module: GraphModule) -> CapturedGraph:
         """The same capture over another copy of its graph module."""
-        return CapturedGraph(module, self.origin, self._inputs)
+        return CapturedGraph(module, self.origin, self._tensors)
 
     @property
     def graph(self) -> Graph:

@@ -10,12 +10,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.runtime import torch_compat
 from mixq_compile.runtime.compiled_graph import CompiledGraph, copy_graph_module
+from mixq_compile.runtime.weight_store import STORE
 
 Compile = Callable[[CapturedGraph, Sequence[Any]], CompiledGraph]
 
@@ -29,17 +31,28 @@ class GraphInstances:
         self._untouched = copy_graph_module(module)
         graph = CapturedGraph.from_dynamo(module, example_inputs)
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        self._owned = [place for place, node in enumerate(placeholders) if graph.tensor(node) is not None]
-        self._instances: list[tuple[list[weakref.ref[Tensor]], CompiledGraph]] = []
-        self._add(graph, example_inputs, example_inputs)
-
-    def _add(
-        self, graph: CapturedGraph, example_inputs: Sequence[Any], arguments: Sequence[Any]
-    ) -> CompiledGraph:
+        owned = [
+            (place, tensor, list(node.users))
+            for place, node in enumerate(placeholders)
+            if (tensor := graph.tensor(node)) is not None
+        ]
         compiled = self._compile(graph, example_inputs)
+        self._owned = [place for place, _, _ in owned]
+        # Of the buffers only those that the compiled graph depends on: others may be new in every call.
+        self._identified = [
+            place
+            for place, tensor, readers in owned
+            if isinstance(tensor, nn.Parameter)
+            or STORE.codes(tensor)
+            or any(reader.target is torch.ops.mixq.linear.default for reader in readers)
+        ]
+        self._instances: list[tuple[list[weakref.ref[Tensor]], CompiledGraph]] = []
+        self._remember(compiled, example_inputs)
+
+    def _remember(self, compiled: CompiledGraph, arguments: Sequence[Any]) -> None:
         alive = [entry for entry in self._instances if all(weight() is not None for weight in entry[0])]
-        self._instances = [([weakref.ref(arguments[place]) for place in self._owned], compiled), *alive]
-        return compiled
+        weights = [weakref.ref(arguments[place]) for place in self._identified]
+        self._instances = [(weights, compiled), *alive]
 
     def _compile_for(self, arguments: Sequence[Any]) -> CompiledGraph:
         """Compiles the untouched graph for other weights; shapes stay as symbolic as they were captured."""
@@ -50,11 +63,13 @@ class GraphInstances:
         for place in self._owned:
             example_inputs[place] = torch_compat.fake_parameter(captured.fake_mode, arguments[place])
         with torch_compat.tracing(captured.fake_mode):
-            return self._add(captured, example_inputs, arguments)
+            compiled = self._compile(captured, example_inputs)
+        self._remember(compiled, arguments)
+        return compiled
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs the graph on Dynamo's arguments, parameters included."""
         for weights, compiled in self._instances:
-            if all(weight() is arguments[place] for weight, place in zip(weights, self._owned, strict=True)):
+            if all(weight() is arguments[at] for weight, at in zip(weights, self._identified, strict=True)):
                 return compiled(*arguments)
         return self._compile_for(arguments)(*arguments)

@@ -19,8 +19,9 @@ def mixed_gemm(
     weight = integer_codes(weight_codes, codes.shape[-1]).double()
     accumulator = (codes.double() @ weight.T).to(torch.int32)
     used = int(count[COUNT]) if outliers.shape[-1] else 0
-    columns = outliers[..., :used].float()
-    return accumulator, columns @ outlier_weight[:, :used].float().T
+    # In float64 a row's sum, once rounded, does not depend on the rows beside it.
+    columns = outliers[..., :used].double()
+    return accumulator, (columns @ outlier_weight[:, :used].double().T).float()
 
 
 @provider("dequantize", name="ref", priority=PRIORITY, supports=supports)
@@ -60,7 +61,7 @@ def mixed_linear(
 @provider("weight_only_linear", name="ref", priority=PRIORITY, supports=supports)
 def weight_only_linear(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     weight = dequantize_weight(weight_codes, weight_scale, x.shape[-1])
-    result = x.float() @ weight.T
+    result = (x.double() @ weight.double().T).float()
     if bias is not None:
         result = result + bias.float()
     return result.to(x.dtype)
