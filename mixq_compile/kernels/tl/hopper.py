@@ -41,7 +41,7 @@ try:
 except ImportError:
     from mixq_compile.kernels.tl import toolkit
 
-    gluon = gl = toolkit.tl
+    gluon, gl = toolkit.triton, toolkit.tl
     HAS_GLUON = False
 else:
     HAS_GLUON = True
@@ -67,6 +67,7 @@ class Tile(NamedTuple):
 
 @gluon.jit
 def _tile_place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
+    """As `tiles.tile_place`, which Gluon cannot call."""
     per_group = GROUP * column_tiles
     first = tile // per_group * GROUP
     height = min(row_tiles - first, GROUP)

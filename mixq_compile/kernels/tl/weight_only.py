@@ -30,6 +30,7 @@ from mixq_compile.ops.providers import provider
 from mixq_compile.ops.weight_codes import weight_bits
 
 LARGEST_BLOCK_M = 64
+"""Most rows of a tile; with more rows there are tiles enough, and sums are not split."""
 BYTES_WORTH_SPLITTING = 512
 """A split sums over at least this many bytes of each weight row."""
 MOST_SPLITS = 4
@@ -186,7 +187,7 @@ def weight_only_linear(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bi
     bits = weight_bits(weight)
     tile = choose_tile(rows, x.dtype, bits)
     programs = ceil_div(features, tile.features) * ceil_div(rows, LARGEST_BLOCK_M)
-    splits = choose_splits(programs, length, bits, x.device)
+    splits = choose_splits(programs, length, bits, x.device) if rows <= LARGEST_BLOCK_M else 1
     with on_device(x):
         launch(matrix, weight, weight_scale, bias, out, tile, splits)
     return out
