@@ -26,9 +26,20 @@ _HOME = {
     "save_pretrained": "mixq_compile.runtime.checkpoint",
 }
 
-__all__ = [  # noqa: RUF022  # the table above gives the homes, this list what `import *` brings
+__all__ = [
+    "CalibrationStats",
+    "MixqLinear",
+    "MixqOptions",
     "__version__",
-    *sorted(_HOME),
+    "calibrate",
+    "capture",
+    "compile",
+    "freeze",
+    "load_pretrained",
+    "quantize",
+    "report",
+    "reset",
+    "save_pretrained",
 ]
 
 if TYPE_CHECKING:

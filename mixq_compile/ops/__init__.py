@@ -11,6 +11,7 @@ from mixq_compile.ops.declarations import (
 )
 from mixq_compile.ops.linear import linear
 from mixq_compile.ops.outlier_state import OutlierState
+from mixq_compile.ops.quantized_linear import quantized_linear
 
 __all__ = [
     "OutlierState",
@@ -20,6 +21,7 @@ __all__ = [
     "mixed_linear",
     "quantize",
     "quantize_online",
+    "quantized_linear",
     "refresh_outlier_weights",
     "weight_only_linear",
 ]

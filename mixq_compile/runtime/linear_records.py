@@ -17,7 +17,12 @@ from mixq_compile.runtime.compilation import LinearRecord
 from mixq_compile.runtime.weight_store import STORE
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
-PRODUCTS = {mixq.mixed_linear.default: 1, mixq.mixed_gemm.default: 0, mixq.weight_only_linear.default: None}
+PRODUCTS = {
+    mixq.mixed_linear.default: 1,
+    mixq.quantized_linear.default: 0,
+    mixq.mixed_gemm.default: 0,
+    mixq.weight_only_linear.default: None,
+}
 """Where a product takes its codes; None where it takes none."""
 
 
@@ -35,22 +40,25 @@ def _state_of(graph: CapturedGraph, quantized: Node, weight: Tensor) -> OutlierS
 
 def _outlier_source(graph: CapturedGraph, quantized: Node) -> str | None:
     """Where a product's outlier weights come from; None where it has no outlier slots."""
-    policy = Annotations(quantized).policy
-    if policy is None:
-        return None
-    if policy["miss"] == "static":
-        return "original"
     codes = next(user for user in quantized.users if user.args[1] == 0)
-    refresh = next(user for user in codes.users if user.target is mixq.refresh_outlier_weights.default)
+    refresh = next(
+        (user for user in codes.users if user.target is mixq.refresh_outlier_weights.default), None
+    )
+    if refresh is None:
+        return None
     originals: Any = refresh.args[7]
-    return "original" if all(graph.value(node).numel() for node in originals) else "codes"
+    kept = all(graph.value(node).numel() for node in originals)
+    return "original" if kept or quantized.target is mixq.quantize.default else "codes"
 
 
-def _features(graph: CapturedGraph, node: Node) -> tuple[int, int]:
-    """Outputs and inputs of a linear, from its result and the value that it reads."""
-    result = graph.value(node)
-    result = result[0] if isinstance(result, tuple) else result
-    return hint_of(result.shape[-1]) or 0, hint_of(graph.value(node.args[0]).shape[-1]) or 0
+def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[int, int]:
+    """Outputs and inputs of a linear."""
+    codes = STORE.codes(weight) if weight is not None else []
+    if weight is not None and codes:
+        rows, columns = weight.shape
+        return (columns, rows) if codes[0].transposed else (rows, columns)
+    matrix = weight if weight is not None and weight.dim() > 2 else graph.value(node.args[1])
+    return hint_of(matrix.shape[-2]) or 0, hint_of(matrix.shape[-1]) or 0
 
 
 def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
@@ -66,8 +74,7 @@ def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
             weight = graph.tensor(graph.weight_parameter(node.args[1]))
         else:
             weight = graph.tensor(nodes[view.readers[0]]) if view.readers else None
-        grouped = weight is not None and weight.dim() > 2
-        features = weight.shape[-2:] if weight is not None and grouped else _features(graph, node)
+        features = _features(graph, node, weight)
         quantization = _quantization_of(node) if quantized else None
         state = (
             _state_of(graph, quantization, weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mixq_compile.ops import declarations
 from mixq_compile.ops.linear import linear
 from mixq_compile.ops.outlier_state import OutlierState
+from mixq_compile.ops.quantized_linear import quantized_linear
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.scheme import TensorFormat
 
@@ -26,7 +27,7 @@ OPERATORS: dict[str, Any] = {
         "mixed_linear",
         "weight_only_linear",
     )
-} | {"linear": linear}
+} | {"linear": linear, "quantized_linear": quantized_linear}
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,15 @@ def _weight_only(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     return t.x, t.codes, t.scale, t.bias, "ref"
 
 
+def _quantized_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
+    codes, scale, outliers = quantized(t, shape)
+    following = OutlierState.create(shape.out_features, 16, 6.0, "cpu")
+    return (
+        codes, *following.buffers(), scale, outliers, t.state.counters, t.codes, t.scale, t.outlier_weight,
+        t.bias, "gelu", shape.activation_bits, "exact", "ref",
+    )  # fmt: skip
+
+
 def _linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     bits = 16 if shape.small_m else shape.activation_bits
     return (
@@ -171,6 +181,7 @@ ARGUMENTS: dict[str, Callable[[Tensors, Shape], tuple[Any, ...]]] = {
     "mixed_linear": _mixed_linear,
     "weight_only_linear": _weight_only,
     "linear": _linear,
+    "quantized_linear": _quantized_linear,
 }
 """By operator: the arguments of a call on these tensors."""
 

@@ -22,6 +22,7 @@ CASES = [
 MUTATED = {
     "quantize_online": set(STATE_FIELDS),
     "refresh_outlier_weights": {"cached_index", "outlier_weight"},
+    "quantized_linear": set(STATE_FIELDS),
     "linear": {*STATE_FIELDS, "cached_index", "outlier_weight"},
 }
 """Arguments that an operator may write; all others none."""
@@ -46,7 +47,7 @@ def test_only_state_is_declared_as_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_arguments_are_tensors_numbers_and_one_short_text(name: str) -> None:
+def test_arguments_are_tensors_numbers_and_short_texts(name: str) -> None:
     kinds = {str(argument.type) for argument in overload(name)._schema.arguments}
     assert kinds <= {"Tensor", "Optional[Tensor]", "List[Tensor]", "int", "float", "bool", "str"}
     assert not any(argument.kwarg_only for argument in overload(name)._schema.arguments)

@@ -113,7 +113,7 @@ def mixed_linear(
     small_m: int,
 ) -> Tensor:
     """The whole product in one kernel: neither integer sums nor outlier products go through memory."""
-    if codes.numel() <= small_m * codes.shape[-1]:
+    if small_m and codes.numel() <= small_m * codes.shape[-1]:
         return weight_only_linear(x, weight_codes, weight_scale, bias)  # type: ignore[no-any-return]
     operands = LinearOperands(codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias)
     return operands.multiply(torch.empty((*x.shape[:-1], weight_codes.shape[0]), dtype=x.dtype))

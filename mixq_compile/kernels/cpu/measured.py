@@ -15,26 +15,23 @@ from mixq_compile.ops.providers import KernelQuery
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, TensorFormat
 
-LARGEST_ROWS = 1024
+LARGEST_ROWS = 8192
 LARGEST_WEIGHT = 1 << 24
 """Elements: of a larger weight only so many rows are measured."""
-LARGEST_PRODUCTS = 1 << 30
-REPETITIONS = 3
-FASTER_IS_CLEAR = 0.02
-"""Seconds: a call that takes longer is timed once."""
+LARGEST_PRODUCTS = 1 << 31
+REPETITIONS = 5
 
 
-def _seconds(function: Callable[[], Tensor]) -> float:
-    """The best of a few calls, after one that does not count."""
-    function()
-    best = float("inf")
-    for _ in range(REPETITIONS):
-        begin = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - begin)
-        if best > FASTER_IS_CLEAR:
-            break
-    return best
+def _ratio_of_times(ordinary: Callable[[], Tensor], quantized: Callable[[], Tensor]) -> float:
+    """Time of the first over that of the second: the best of each over turns that noise hits alike."""
+    best = [float("inf"), float("inf")]
+    for turn in range(REPETITIONS + 1):
+        for place, function in enumerate((ordinary, quantized)):
+            begin = time.perf_counter()
+            function()
+            if turn:  # the first turn warms up
+                best[place] = min(best[place], time.perf_counter() - begin)
+    return best[0] / best[1]
 
 
 def _measured_shape(m: int, in_features: int, out_features: int) -> tuple[int, int]:
@@ -58,7 +55,7 @@ def _mixed_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, fea
         quantized = quantize_online(x, *state.buffers(), 8, "exact", 0, "cpu")
         return mixed_linear(x, *quantized, codes, scale, outlier_weight, None, 0, "cpu")  # type: ignore[no-any-return]
 
-    return _seconds(lambda: torch.nn.functional.linear(x, weight)) / _seconds(mixed)
+    return _ratio_of_times(lambda: torch.nn.functional.linear(x, weight), mixed)
 
 
 @functools.cache
@@ -66,8 +63,10 @@ def _weight_only_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: in
     x = torch.randn(rows, in_features).to(dtype)
     weight = torch.randn(features, in_features).to(dtype)
     codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
-    streamed = _seconds(lambda: weight_only_linear(x, codes, scale, None, "cpu"))
-    return _seconds(lambda: torch.nn.functional.linear(x, weight)) / streamed
+    return _ratio_of_times(
+        lambda: torch.nn.functional.linear(x, weight),
+        lambda: weight_only_linear(x, codes, scale, None, "cpu"),
+    )
 
 
 def _ratio(

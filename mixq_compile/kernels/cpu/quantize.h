@@ -80,9 +80,11 @@ MIXQ_INLINE ByteVector codes_of(FloatVector values, IntVector slot, float invers
 
 template <bool MASKED, typename T>
 void row_codes(
-    const T* row, const int32_t* column_slot, int64_t columns, float inverse, int32_t largest_code, int8_t* codes) {
+    const T* row, const T* next_row, const int32_t* column_slot, int64_t columns, float inverse, int32_t largest_code,
+    int8_t* codes) {
     int64_t column = 0;
     for (; column + LANES <= columns; column += LANES) {
+        __builtin_prefetch(next_row + column);
         const IntVector slot = MASKED ? load<IntVector>(column_slot + column) : IntVector{};
         store(codes + column, codes_of<MASKED>(load_floats(row + column), slot, inverse, largest_code));
     }
@@ -94,10 +96,10 @@ void row_codes(
     }
 }
 
-// Quantizes one row whose values may be wider than its outliers are stored.
+// Quantizes one row whose values may be wider than its outliers are stored; the next one lies `stride` on.
 // Returns the bits of its largest magnitude outside the outlier columns, 0 where it is not finite.
 template <bool MASKED, typename T, typename Stored>
-int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_t row) {
+int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_t stride, int64_t row) {
     const int64_t columns = arguments.columns;
     int8_t* codes = arguments.codes + row * arguments.codes_stride;
     Stored* outliers = (Stored*)arguments.outliers + row * arguments.capacity;
@@ -120,7 +122,8 @@ int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_
     } else {
         arguments.scale[row] = largest / largest_code;
         const float inverse = largest_code / largest;
-        row_codes<MASKED>(values, arguments.column_slot, columns, inverse, arguments.largest_code, codes);
+        row_codes<MASKED>(
+            values, values + stride, arguments.column_slot, columns, inverse, arguments.largest_code, codes);
     }
     return maxima.inner;
 }
@@ -131,7 +134,7 @@ float quantize_rows(const QuantizeArguments& arguments, const T* x, int64_t stri
     int32_t largest = 0;
 #pragma omp parallel for num_threads(arguments.threads) schedule(static) reduction(max : largest)
     for (int64_t row = 0; row < rows; row++) {
-        const int32_t row_largest = quantize_row<MASKED, T, T>(arguments, x + row * stride, row);
+        const int32_t row_largest = quantize_row<MASKED, T, T>(arguments, x + row * stride, stride, row);
         if (row_largest > largest) largest = row_largest;
     }
     return as_float(largest);

@@ -8,7 +8,7 @@ namespace mixq {
 
 constexpr int64_t RESULT_BYTES = 256 << 10;  // results that stay in the level-2 cache until they are quantized
 
-using RowQuantizer = int32_t (*)(const QuantizeArguments&, const float*, int64_t);
+using RowQuantizer = int32_t (*)(const QuantizeArguments&, const float*, int64_t, int64_t);
 
 inline RowQuantizer row_quantizer(bool masked, int stored_type) {
     return with_type(stored_type, [&](auto* element) -> RowQuantizer {
@@ -47,7 +47,7 @@ inline float quantized_linear(const LinearArguments& arguments, const QuantizeAr
             block.result = result;
             for (const Panel& panel : panels) multiply(arguments, block, panel, rows);
             for (int64_t row = 0; row < rows; row++)
-                largest = std::max(largest, quantize_one(quantized, result + row * width, first + row));
+                largest = std::max(largest, quantize_one(quantized, result + row * width, width, first + row));
         }
     }
     return as_float(largest);

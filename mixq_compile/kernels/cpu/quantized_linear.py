@@ -1,7 +1,4 @@
-"""A linear, its activation and the quantization for the next linear in one kernel.
-
-No operator stands for it yet: it is what a pass that fuses an activation between two linears would call.
-"""
+"""`quantized_linear` on the CPU: blocks of rows stay in the cache from the product to their codes."""
 
 from __future__ import annotations
 
@@ -10,34 +7,39 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from mixq_compile.kernels.cpu.availability import PRIORITY, supports
 from mixq_compile.kernels.cpu.build import library
 from mixq_compile.kernels.cpu.interface import type_number
 from mixq_compile.kernels.cpu.linears import LinearOperands
 from mixq_compile.kernels.cpu.quantization import Quantization, quantize_online
+from mixq_compile.ops.providers import provider
 
 ROWS_WORTH_FUSING = 256
 """Fewer rows are too few blocks for all threads."""
 
 
+@provider("quantized_linear", name="cpu", priority=PRIORITY, supports=supports)
 def quantized_linear(
-    operands: LinearOperands,
-    leading: tuple[int, ...],
-    dtype: torch.dtype,
-    activation: str,
+    codes: Tensor,
     index: Tensor,
     column_slot: Tensor,
     column_max: Tensor,
     counters: Tensor,
     effective_threshold: Tensor,
+    scale: Tensor,
+    outliers: Tensor,
+    count: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
     bits: int,
     miss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `quantize_online` returns for `activation(mixed_linear(...))`, `[*leading, N]` of this dtype.
-
-    Where no row exceeds the threshold the numbers themselves are never written to memory, nor rounded
-    to dtype.
-    """
-    features = operands.weight_codes.shape[0]
+    """Where no row exceeds the threshold the numbers are neither written to memory nor rounded to dtype."""
+    operands = LinearOperands(codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias)
+    leading, features, dtype = tuple(codes.shape[:-1]), weight_codes.shape[0], outliers.dtype
     if operands.codes.shape[0] >= ROWS_WORTH_FUSING and miss != "per_call":
         call = Quantization(leading, features, dtype, index, column_slot, bits)
         linear = operands.arguments(None, torch.float32, activation)
@@ -45,6 +47,5 @@ def quantized_linear(
         if not library().mixq_quantized_linear(byref(linear), byref(next_state), type_number(dtype)):
             return *call.results(), call.used
     numbers = operands.multiply(torch.empty((*leading, features), dtype=dtype), activation)
-    return quantize_online(  # type: ignore[no-any-return]
-        numbers, index, column_slot, column_max, counters, effective_threshold, bits, miss, 0
-    )
+    state = (index, column_slot, column_max, counters, effective_threshold)
+    return quantize_online(numbers, *state, bits, miss, 0)  # type: ignore[no-any-return]

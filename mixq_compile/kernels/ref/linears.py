@@ -52,10 +52,10 @@ def mixed_linear(
     bias: Tensor | None,
     small_m: int,
 ) -> Tensor:
-    if codes.numel() <= small_m * codes.shape[-1]:
-        return weight_only_linear(x, weight_codes, weight_scale, bias)
+    if small_m and codes.numel() <= small_m * codes.shape[-1]:
+        return weight_only_linear(x, weight_codes, weight_scale, bias)  # type: ignore[no-any-return]
     accumulator, product = mixed_gemm(codes, outliers, count, weight_codes, outlier_weight)
-    return dequantize(x, accumulator, product, scale, weight_scale, bias)
+    return dequantize(x, accumulator, product, scale, weight_scale, bias)  # type: ignore[no-any-return]
 
 
 @provider("weight_only_linear", name="ref", priority=PRIORITY, supports=supports)

@@ -1,0 +1,62 @@
+"""`mixq::quantized_linear`: a linear, its activation function and the quantization for the next linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixq_compile.ops.declarations import LAYOUT
+from mixq_compile.ops.outlier_state import STATE_FIELDS
+from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
+
+ACTIVATIONS = ("none", "relu", "gelu")
+"""Functions that the operator can apply; `gelu` is the exact one, by the error function."""
+
+
+@torch.library.custom_op("mixq::quantized_linear", mutates_args=STATE_FIELDS, tags=LAYOUT)
+def quantized_linear(
+    codes: Tensor,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    scale: Tensor,
+    outliers: Tensor,
+    count: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    bits: int,
+    miss: str,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `quantize_online` returns for `activation(mixed_linear(…))`, whose values never reach memory.
+
+    codes `[..., K]` to outlier_weight `[N, C]` are the linear's operands, as `mixed_linear` takes them; the
+    state, bits and miss policy are those of the value `[..., N]`. Its outliers have the dtype of the
+    linear's. Kernels need not round the value to that dtype before quantizing it.
+    """
+    return run(  # type: ignore[no-any-return]
+        "quantized_linear", kernel, outliers, weight_bits(weight_codes),
+        codes, index, column_slot, column_max, counters, effective_threshold, scale, outliers, count,
+        weight_codes, weight_scale, outlier_weight, bias, activation, bits, miss,
+    )  # fmt: skip
+
+
+@quantized_linear.register_fake
+def _(codes: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outliers, weight_codes = others[5], others[7]
+    leading, features = codes.shape[:-1], weight_codes.shape[0]
+    padded = (features + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+    made = codes.new_empty((*leading, padded))[..., :features]
+    slots = outliers.new_empty((*leading, index.shape[0]))
+    return made, codes.new_empty(leading, dtype=torch.float32), slots, index.new_empty(1)
+
+
+declare(quantized_linear._name, quantized_linear._init_fn)
