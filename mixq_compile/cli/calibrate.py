@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixq_compile.cli.options import Device, Dtype, Json, ModelArgument, TextFile
-from mixq_compile.cli.output import console, print_json, table
+from mixq_compile.cli.output import console, print_json, print_table
 
 if TYPE_CHECKING:
     from mixq_compile.calibration import CalibrationStats
@@ -94,7 +94,7 @@ def _print(stats: CalibrationStats, path: Path, windows_run: int) -> None:
     ]  # fmt: skip
     columns = ("linear", "K", "largest", "median channel", f"channels above {threshold:g}")
     target = console()
-    target.print(table("Largest magnitudes of the linears' inputs", columns, rows))
+    print_table(target, "Largest magnitudes of the linears' inputs", columns, rows)
     if len(ordered) > LINEARS_SHOWN:
         target.print(f"… and {len(ordered) - LINEARS_SHOWN} more linears with smaller inputs", style="dim")
     target.print(

@@ -7,6 +7,7 @@ import inspect
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mixq_compile.runtime.report import Report
 
 NAIVE_SCHEME = "w8a8"
+REASONS_SHOWN = 3
 EAGER, INDUCTOR, MIXQ, NAIVE = "eager", "inductor", "mixq", "naive"
 
 
@@ -36,8 +38,29 @@ class Variant:
     seconds: list[float] = field(default_factory=list)
     first_call_seconds: float | None = None
     output: Any = None
+    """The last hidden state or the logits, after timing."""
     said: list[str] = field(default_factory=list)
     """Warnings of the first call."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model's output in fp32, which every variant is compared with."""
+
+    output: Tensor
+    """The last hidden state of an encoder, the logits of a decoder."""
+    kept: Tensor
+    """[B, T] bool: the tokens that are no padding."""
+    is_encoder: bool
+
+    def compare(self, output: Tensor) -> tuple[float, float]:
+        """Relative error of the tokens' vectors; mean cosine of the embeddings, or of a decoder's logits."""
+        from mixq_compile.evaluation import mean_cosine, relative_error
+
+        error = relative_error(self.output[self.kept], output[self.kept])
+        if not self.is_encoder:
+            return error, mean_cosine(self.output[self.kept], output[self.kept])
+        return error, mean_cosine(embeddings(self.output, self.kept), embeddings(output, self.kept))
 
 
 @dataclass(frozen=True)
@@ -53,10 +76,18 @@ class Comparison:
     repeats: int
     lowering: str
 
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """True where the compiled variants run as CUDA graphs."""
+        return self.loaded.device.type == "cuda" and self.lowering == "inductor"
+
     def run(self) -> dict[str, Any]:
         """Compiles, times and compares; the result as JSON-able data."""
+        import torch
+
         from mixq_compile.runtime.report import report
 
+        torch.compiler.reset()
         inputs = self._inputs()
         with step("full precision (float32)"):
             reference = self._reference(inputs)
@@ -94,12 +125,13 @@ class Comparison:
             inputs["use_cache"] = False
         return inputs
 
-    def _reference(self, inputs: dict[str, Any]) -> Tensor:
-        """The output in fp32."""
+    def _reference(self, inputs: dict[str, Any]) -> Reference:
         model = self.loaded.model
         if self.loaded.dtype != "float32":
             model = copy.deepcopy(model).float()
-        return _result_of(_run(model, inputs))
+        output = _run(model, inputs)
+        kept = inputs.get("attention_mask", inputs["input_ids"] >= 0).bool()
+        return Reference(_result_of(output), kept, is_encoder=hasattr(output, "last_hidden_state"))
 
     def _variants(self) -> list[Variant]:
         import torch
@@ -111,7 +143,10 @@ class Comparison:
         naive = {**options, "scheme": NAIVE_SCHEME}
         # Copies, so that packed weights and outlier states of the two schemes stay apart.
         first, second = copy.deepcopy(model), copy.deepcopy(model)
-        compiled = torch.compile(model, backend=self.lowering, dynamic=False)
+        # On a GPU a small model waits for its launches: CUDA graphs for all, as one would run it.
+        mode = "reduce-overhead" if self.uses_cuda_graphs else None
+        chosen["mode"] = naive["mode"] = mode
+        compiled = torch.compile(model, backend=self.lowering, dynamic=False, mode=mode)
         fast = torch.compile(first, backend="mixq", dynamic=False, options=chosen)
         plain = torch.compile(second, backend="mixq", dynamic=False, options=naive)
         return [
@@ -139,20 +174,24 @@ class Comparison:
             shift = number % len(variants)
             for variant in [*variants[shift:], *variants[:shift]]:
                 begin = time.perf_counter()
-                variant.output = _run(variant.call, inputs)
+                _run(variant.call, inputs)
                 variant.seconds.append(time.perf_counter() - begin)
+        for variant in variants:
+            # A copy: the next CUDA graph may write where this one's result is.
+            variant.output = _result_of(_run(variant.call, inputs)).clone()
 
     def _result(
-        self, variants: list[Variant], reference: Tensor, inputs: dict[str, Any], reports: dict[str, Report]
+        self,
+        variants: list[Variant],
+        reference: Reference,
+        inputs: dict[str, Any],
+        reports: dict[str, Report],
     ) -> dict[str, Any]:
         medians = {variant.name: statistics.median(variant.seconds) for variant in variants}
-        is_encoder = hasattr(variants[0].output, "last_hidden_state")
         report = reports[MIXQ]
         rows = []
         for variant in variants:
-            error, cosine = compared(
-                reference, _result_of(variant.output), inputs.get("attention_mask"), is_encoder
-            )
+            error, cosine = reference.compare(variant.output)
             own = reports.get(variant.name)
             linears = (own or report).linears
             rows.append(
@@ -183,8 +222,9 @@ class Comparison:
             "length": length,
             "text": "documentation strings of the installed Python",
             "repeats": self.repeats,
-            "error_of": "last hidden state" if is_encoder else "logits",
-            "cosine_of": "embeddings" if is_encoder else "logits",
+            "cuda_graphs": self.uses_cuda_graphs,
+            "error_of": "last hidden state" if reference.is_encoder else "logits",
+            "cosine_of": "embeddings" if reference.is_encoder else "logits",
             "rows": rows,
             "notes": self._notes(variants, report),
             "report": report.to_json(),
@@ -192,18 +232,20 @@ class Comparison:
 
     def _notes(self, variants: list[Variant], report: Report) -> list[str]:
         notes = []
+        left = Counter(linear.skip or "" for linear in report.skipped).most_common()
+        for reason, count in left[:REASONS_SHOWN]:
+            notes.append(f"{count} of {len(report.linears)} linears left alone: {reason}.")
         if not report.quantized:
-            reasons = "; ".join(sorted({linear.skip or "" for linear in report.linears}))
             notes.append(
-                f"mixq left all {len(report.linears)} linears alone: {reasons}. "
-                "--force quantizes them all the same and shows the accuracy."
+                "so mixq changed nothing. --force quantizes every eligible linear all the same and shows "
+                "the accuracy; larger batches and models gain more."
             )
-        elif kept := sum(linear.bytes_before for linear in report.quantized if linear.float_weight_kept):
+        if kept := sum(linear.bytes_before for linear in report.quantized if linear.float_weight_kept):
             notes.append(
                 f"under torch.compile the original weights ({kept / 2**20:.1f} MiB) stay in memory beside "
                 "the codes; mixq_compile.quantize(model) or options={'release_weights': True} frees them."
             )
-        notes.extend(report.advice)
+        notes.extend(report.advice[:REASONS_SHOWN])
         said = [
             message for variant in variants for message in variant.said if "quantized none" not in message
         ]
@@ -214,9 +256,12 @@ def _run(call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
     """One forward pass, finished on the device."""
     import torch
 
+    on_gpu = inputs["input_ids"].is_cuda
+    if on_gpu:
+        torch.compiler.cudagraph_mark_step_begin()
     with torch.no_grad():
         output = call(**inputs)
-    if inputs["input_ids"].is_cuda:
+    if on_gpu:
         torch.cuda.synchronize()
     return output
 
@@ -232,20 +277,6 @@ def _result_of(output: Any) -> Tensor:
             "so there is nothing to compare."
         )
     return found
-
-
-def compared(reference: Tensor, output: Tensor, mask: Tensor | None, is_encoder: bool) -> tuple[float, float]:
-    """Relative error of the tokens' vectors; mean cosine of the embeddings, or of a decoder's logits."""
-    import torch
-
-    from mixq_compile.evaluation import mean_cosine, relative_error
-
-    kept = torch.ones(reference.shape[:-1], dtype=torch.bool) if mask is None else mask.bool()
-    kept = kept.to(reference.device)
-    error = relative_error(reference[kept], output[kept])
-    if not is_encoder:
-        return error, mean_cosine(reference[kept], output[kept])
-    return error, mean_cosine(embeddings(reference, kept), embeddings(output, kept))
 
 
 def embeddings(hidden: Tensor, kept: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from mixq_compile.cli.options import (
     Scheme,
     Threshold,
 )
-from mixq_compile.cli.output import console, mebibytes, print_json, table
+from mixq_compile.cli.output import console, mebibytes, print_json, print_table
 from mixq_compile.errors import MixqError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
+            "--model",
             metavar="MODEL",
             help="Your own: Hugging Face directory or hub name, or module:function.  "
             "[dim]\\[default: all-MiniLM-L6-v2, installed with the extra demo][/dim]",
@@ -132,9 +133,10 @@ def _print(target: Console, result: dict[str, Any], model: str | None) -> None:
     title = (
         f"{result['model']} on {result['device_name']}: {result['batch']} texts of {result['length']} tokens"
     )
-    target.print(table(title, columns, rows))
+    print_table(target, title, columns, rows)
     target.print(
-        f"texts: {result['text']}; times: medians of {result['repeats']} interleaved rounds; error of the "
+        f"texts: {result['text']}; times: medians of {result['repeats']} interleaved rounds"
+        f"{', compiled ones as CUDA graphs' if result['cuda_graphs'] else ''}; error of the "
         f"{result['error_of']} and mean cosine of the {result['cosine_of']} against full precision in fp32",
         style="dim",
     )
@@ -145,12 +147,14 @@ def _print(target: Console, result: dict[str, Any], model: str | None) -> None:
     _print_outliers(target, result["report"]["linears"])
     name = model or "MODEL"
     target.print("\nWhat to try next", style="bold")
-    for line, meaning in (
-        ("mixq demo --model MODEL", "the same for a model of yours"),
-        (f"mixq eval {name} --text FILE --scheme w8a8o16", "what it costs a language model in perplexity"),
-        (f"mixq quantize {name} --output quantized", "a checkpoint without the original weights"),
-    ):
-        target.print(f"  {line:50} # {meaning}", markup=False, soft_wrap=True)
+    lines = {
+        "mixq demo --model MODEL": "the same for a model of yours",
+        f"mixq eval {name} --text FILE --scheme w8a8o16": "what it costs a language model in perplexity",
+        f"mixq quantize {name} --output quantized": "a checkpoint without the original weights",
+    }
+    width = max(map(len, lines))
+    for line, meaning in lines.items():
+        target.print(f"  {line:{width}}   # {meaning}", markup=False, soft_wrap=True)
 
 
 def _print_large_linear(target: Console, result: dict[str, Any]) -> None:
@@ -158,7 +162,7 @@ def _print_large_linear(target: Console, result: dict[str, Any]) -> None:
         (row["label"], f"{row['microseconds']:.0f}", f"{row['speedup']:.2f}x", f"{row['relative_error']:.4f}")
         for row in result["rows"]
     ]
-    target.print(table(result["title"], ("", "µs", "over bf16", "error"), rows))
+    print_table(target, result["title"], ("", "µs", "over bf16", "error"), rows)
 
 
 def _print_outliers(target: Console, linears: list[dict[str, Any]]) -> None:
@@ -174,13 +178,12 @@ def _print_outliers(target: Console, linears: list[dict[str, Any]]) -> None:
         shown = " ".join(map(str, columns[:COLUMNS_SHOWN]))
         more = f" … {len(columns) - COLUMNS_SHOWN} more" if len(columns) > COLUMNS_SHOWN else ""
         rows.append((common_name([linear["fqn"] for linear in readers]), shown + more, str(len(columns))))
-    target.print(
-        table(
-            "Outlier channels found",
-            ("input of", "channels kept in full", "number"),
-            rows[:GROUPS_SHOWN],
-            left=2,
-        )
+    print_table(
+        target,
+        "Outlier channels found",
+        ("input of", "channels kept in full", "number"),
+        rows[:GROUPS_SHOWN],
+        left=2,
     )
     if len(rows) > GROUPS_SHOWN:
         target.print(f"… and {len(rows) - GROUPS_SHOWN} more; --json lists all", style="dim")

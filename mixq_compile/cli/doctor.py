@@ -17,7 +17,7 @@ import typer
 
 from mixq_compile import __version__
 from mixq_compile.cli.options import Json
-from mixq_compile.cli.output import console, print_json, table
+from mixq_compile.cli.output import console, print_json, print_table
 from mixq_compile.scheme import get_scheme, scheme_names
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _print(target: Console, found: dict[str, Any]) -> None:
         target.print(f"[bold]{name:22}[/bold] ", end="")
         target.print(value, markup=False, soft_wrap=True)
     _print_kernels(target, found["kernels"])
-    target.print(table("Schemes", ("name", "what it does"), list(found["schemes"].items()), left=2))
+    print_table(target, "Schemes", ("name", "what it does"), list(found["schemes"].items()), left=2)
     for problem in found["problems"]:
         target.print(f"[bold red]problem[/bold red] {problem}")
     if not found["problems"]:
@@ -254,10 +254,12 @@ def _print_kernels(target: Console, rows: list[dict[str, Any]]) -> None:
         for place, cells in verdicts.items()
     ]
     target.print()
-    target.print(
-        table(
-            "Kernels that can run here, the preferred first", ("device", "operator", *providers), body, left=2
-        )
+    print_table(
+        target,
+        "Kernels that can run here, the preferred first",
+        ("device", "operator", *providers),
+        body,
+        left=2,
     )
     for reason, number in reasons.items():
         target.print(f"({number}) {reason}", markup=False)

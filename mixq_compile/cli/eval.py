@@ -21,7 +21,7 @@ from mixq_compile.cli.options import (
     Threshold,
     one_of,
 )
-from mixq_compile.cli.output import console, print_json, table
+from mixq_compile.cli.output import console, print_json, print_table
 from mixq_compile.errors import OptionError
 from mixq_compile.scheme import scheme_names
 
@@ -53,6 +53,7 @@ def evaluate(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
+            "--scheme",
             metavar="SCHEME",
             help=f"{SCHEMES}, or none; repeatable. With options of its own: "
             '"w4a4o16{threshold=inf}".  [dim]\\[default: w8a8o16][/dim]',
@@ -74,7 +75,7 @@ def evaluate(
     force: Force = False,
     batch: Annotated[int, typer.Option(min=1, help="Windows run together.")] = 1,
     generate: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Also write N tokens of greedy text.")
+        int, typer.Option("--generate", min=0, metavar="N", help="Also write N tokens of greedy text.")
     ] = 0,
     prompt: Annotated[
         str | None,
@@ -129,7 +130,7 @@ def _print(target: Console, result: dict[str, Any]) -> None:
             )
         )
     columns = ("", "perplexity", "delta", "linears quantized", "columns in 16 bit: mean", "max", "time")
-    target.print(table(f"{result['model']} on {result['device']}", columns, rows))
+    print_table(target, f"{result['model']} on {result['device']}", columns, rows)
     target.print(
         f"protocol {result['protocol']}, window {result['window']}, {result['tokens_scored']} tokens scored "
         f"in {result['documents']} documents; text {result['text']}, sha256 {result['text_sha256']}",

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 WIDTH = 120
 """Columns where the output is no terminal, which would tell its own."""
@@ -44,15 +43,15 @@ def _finite(data: Any) -> Any:
     return data
 
 
-def table(
-    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
-) -> Table:
-    """A table whose first `left` columns are text and the others figures; a cell is never markup."""
+def print_table(
+    target: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
+) -> None:
+    """Prints a table whose first `left` columns are text and the others figures; a cell is never markup."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(columns):
         if place < left:
             made.add_column(heading, overflow="fold", no_wrap=place == 0)
@@ -60,7 +59,9 @@ def table(
             made.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
-    return made
+    target.print()
+    target.print(title, style="bold", markup=False)
+    target.print(made)
 
 
 def mebibytes(count: float) -> str:

@@ -18,7 +18,7 @@ from mixq_compile.cli.options import (
     StatsFile,
     Threshold,
 )
-from mixq_compile.cli.output import console, mebibytes, print_json, table
+from mixq_compile.cli.output import console, mebibytes, print_json, print_table
 from mixq_compile.errors import MixqError, OptionError
 from mixq_compile.scheme import get_scheme
 
@@ -40,7 +40,9 @@ def quantize(
     ] = None,
     layer: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN=SCHEME", help="Another scheme for the linears that match; repeatable."),
+        typer.Option(
+            "--layer", metavar="PATTERN=SCHEME", help="Another scheme for the linears that match; repeatable."
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write into a directory with files in it.")
@@ -144,8 +146,8 @@ def _print(report: Report, before: int, after: int, output: Path, *, has_tokeniz
     ]
     target = console()
     columns = ("linear", "scheme", "N x K", "outliers", "MiB before", "after")
-    target.print(
-        table(f"{len(report.quantized)} of {len(report.linears)} linears quantized", columns, rows, left=2)
+    print_table(
+        target, f"{len(report.quantized)} of {len(report.linears)} linears quantized", columns, rows, left=2
     )
     target.print(f"model in memory: {mebibytes(before)} MiB before, {mebibytes(after)} MiB after")
     target.print(

@@ -50,8 +50,15 @@ def test_text_output() -> None:
 
 
 def test_linears_left_alone_are_a_note() -> None:
-    model = "tiny_models:convolution"
-    assert "is a Conv2d" in mixq("demo", "--model", model, *FAST, code=1).stderr
+    arguments = [argument for argument in FAST if argument != "--force"]
+    result = mixq_json("demo", "--model", "tiny_models:narrow", *arguments)
+    *_, last = result["notes"]
+    assert last.startswith("so mixq changed nothing. --force quantizes")
+    assert " of 8 linears left alone: too small: " in result["notes"][0]
+
+
+def test_a_model_that_reads_no_text() -> None:
+    assert "is a Conv2d" in mixq("demo", "--model", "tiny_models:convolution", *FAST, code=1).stderr
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

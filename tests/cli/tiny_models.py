@@ -28,15 +28,20 @@ def tokenizer() -> Any:
     )
 
 
-def llama() -> tuple[Any, Any]:
+def llama(width: int = 32) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, vocab_size=VOCABULARY, max_position_embeddings=128,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config), tokenizer()
+
+
+def narrow() -> tuple[Any, Any]:
+    """A model whose linears are all too small."""
+    return llama(width=8)
 
 
 def bert() -> Any:
