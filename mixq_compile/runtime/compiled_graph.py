@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from mixq_compile.errors import MixqError
+from mixq_compile.errors import MixqError, ReleasedWeightError
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.runtime import torch_compat
 from mixq_compile.runtime.options import MixqOptions
@@ -73,6 +73,12 @@ class CompiledGraph:
                     self._packed.append((place, codes))
             elif isinstance(example_inputs[place], Tensor):
                 self._activations.append((place, node.name))
+        self._read = [
+            (position, placeholders[place].name)
+            for position, place in enumerate(self._kept)
+            if owned[place] is not None
+        ]
+        self._check_released([owned[place] for place in self._kept])
         module = copy_graph_module(graph.module, unread)
         torch_compat.register_attribute_sources(module, list(graph.attached))
         with torch.no_grad():
@@ -90,6 +96,16 @@ class CompiledGraph:
         if any(arguments[place].requires_grad for place in self._trainable):
             _say_that_gradients_are_off()
 
+    def _check_released(self, arguments: Sequence[Any]) -> None:
+        """Raises ReleasedWeightError where the graph would read a weight whose storage was freed."""
+        self._releases = STORE.releases
+        for position, name in self._read:
+            if STORE.is_released(arguments[position]):
+                raise ReleasedWeightError(
+                    f"this graph reads {name}, which options={{'release_weights': True}} freed after another "
+                    "graph of the model was compiled. Load the model again and compile it without that option."
+                )
+
     def __call__(self, *arguments: Any) -> Any:
         """Runs the graph on Dynamo's arguments, parameters included."""
         self._check_gradients(arguments)
@@ -97,8 +113,11 @@ class CompiledGraph:
             now = torch_compat.fingerprint(arguments[place])
             if any(codes.packed_from != now for codes in packed):
                 STORE.refresh(arguments[place])
+        kept = [arguments[place] for place in self._kept]
+        if self._releases != STORE.releases:
+            self._check_released(kept)
         with torch.no_grad():
-            return self._run(*[arguments[place] for place in self._kept])
+            return self._run(*kept)
 
 
 def _lower(module: GraphModule, example_inputs: list[Any], options: MixqOptions) -> Callable[..., Any]:

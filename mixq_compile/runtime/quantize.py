@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mixq_compile.errors import MixqError, OptionError
+from mixq_compile.errors import MixqError, OptionError, ReleasedWeightError
 from mixq_compile.ir.roles import OTHER, role_of
 from mixq_compile.ops import providers
 from mixq_compile.passes.annotate_outliers import calibrated_columns
@@ -18,6 +18,7 @@ from mixq_compile.runtime.compilation import LinearRecord, remember_swap
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import pipeline_for
+from mixq_compile.runtime.weight_store import STORE
 from mixq_compile.scheme import QuantScheme
 
 ALLOWED = ("batch_invariant", "capacity", "force", "ignore", "layers", "miss", "stats", "threshold")
@@ -67,6 +68,11 @@ def quantize(
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise MixqError("the model is on the meta device and has no weights to quantize: load them first.")
+    if any(STORE.is_released(parameter) for parameter in model.parameters()):
+        raise ReleasedWeightError(
+            "the model's weights were freed by options={'release_weights': True} and cannot be quantized "
+            "again: load the model again."
+        )
     records = list(_swap_all(model, chosen, keep_originals))
     remember_swap(model, records)
     if not records:

@@ -27,7 +27,8 @@ def owners_of(weights: Iterable[Tensor]) -> dict[int, list[tuple[nn.Module, str]
     wanted = {id(weight) for weight in weights}
     found: dict[int, list[tuple[nn.Module, str]]] = {key: [] for key in wanted}
     for candidate in gc.get_objects():
-        if isinstance(candidate, nn.Module):
+        # isinstance would ask a weak proxy for its class, and fail where its object has died.
+        if issubclass(type(candidate), nn.Module):
             for name, parameter in candidate.__dict__.get("_parameters", {}).items():
                 if id(parameter) in wanted:
                     found[id(parameter)].append((candidate, name))

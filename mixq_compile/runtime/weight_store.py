@@ -108,6 +108,8 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.releases = 0
+        """How often a parameter's storage was freed: a graph that reads 16-bit weights looks again then."""
 
     def _entry(self, weight: Tensor) -> _Entry:
         entry = self._known(weight)
@@ -249,6 +251,7 @@ class WeightStore:
     def release(self, weight: Tensor) -> None:
         """Frees the storage of a packed parameter; its packed form is all that is left of it."""
         self._entry(weight).released = True
+        self.releases += 1
         weight.untyped_storage().resize_(0)
 
     def is_released(self, weight: Tensor) -> bool:

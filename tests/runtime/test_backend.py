@@ -129,7 +129,10 @@ class TestMessages:
 
 class TestFallback:
     BROKEN = "strip-guards,canonicalize-linear,select-scheme{force=true default=w8a8o61}"
-    HALF = "canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,select-kernels{kernel=tl}"
+    HALF = (
+        "canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
+        "select-kernels{kernel=tl}"
+    )
 
     def test_without_it_a_failing_pass_raises(self) -> None:
         with pytest.raises(Exception, match="unknown scheme 'w8a8o61'"):
@@ -148,7 +151,7 @@ class TestFallback:
             result = fast(x)
         assert torch.equal(result, model(x)), "the graph was half rewritten"
         assert "this graph is compiled unquantized" in caplog.text
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="mixq has seen no linear"):
             report = mixq.report(fast)
         assert len(report.fallbacks) == 1
         assert "a graph was compiled unquantized: PassError" in str(report)
