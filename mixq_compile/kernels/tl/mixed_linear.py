@@ -40,6 +40,8 @@ if TRITON_PROBLEM is None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 OUTLIER_BLOCK = 64
+DESCRIBING = (9, 10)
+"""Major compute capabilities that have tensor descriptors, and shared memory for tiles worth them."""
 _COUNT, _GROUP = tl.constexpr(COUNT), tl.constexpr(TILES_PER_GROUP)
 
 
@@ -172,9 +174,7 @@ def pointer_tile(rows: int, dtype: torch.dtype) -> Tile:
 
 def descriptor_tile(rows: int) -> Tile:
     """The tile of the descriptor variant."""
-    if rows <= 64:
-        return Tile(64, 64, 128, 4, 4)
-    return Tile(128, 128, 128, 8, 4) if rows <= 512 else Tile(128, 256, 128, 8, 3)
+    return Tile(64, 64, 128, 4, 4) if rows <= 64 else Tile(128, 128, 128, 8, 4)
 
 
 def _aligned(tensor: Tensor) -> bool:
@@ -255,7 +255,7 @@ def mixed_linear(
             code_rows, scale.reshape(rows), outlier_rows, count, weight, weight_scale, outlier_weight, bias,
             matrix,
         )  # fmt: skip
-        describes = x.is_cuda and capability(x.device) >= (9, 0) and x.dtype != torch.float32
+        describes = x.is_cuda and capability(x.device)[0] in DESCRIBING and x.dtype != torch.float32
         if not (describes and describable(code_rows, outlier_rows, weight, outlier_weight, matrix)):
             launch_pointers(*arguments, pointer_tile(rows, x.dtype))
         elif hopper.available(x.device):
