@@ -31,11 +31,7 @@ def mixq_json(*arguments: object, code: int = 0) -> Any:
     return json.loads(mixq(*arguments, "--json", code=code).stdout)
 
 
-def mixq_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def mixq_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """A call in a process of its own."""
-    import os
-
     command = [sys.executable, "-c", "from mixq_compile.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=HERE, env={**os.environ, **environment}
-    )
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)

@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 from commands import mixq, mixq_process
 
+from mixq_compile.errors import OptionError
+
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
@@ -54,11 +56,14 @@ def test_usage_errors_of_eval(text: Path, arguments: list[str], message: str) ->
     assert message in shown
 
 
-def test_an_error_is_one_message_and_debug_shows_where(text: Path) -> None:
-    short = mixq_process("eval", "/nowhere/model", "--text", text)
-    assert short.returncode == 2
-    assert short.stderr.startswith("error: /nowhere/model does not exist.")
-    assert "Traceback" not in short.stderr
-    assert not short.stdout
-    long = mixq_process("eval", "/nowhere/model", "--text", text, "--debug")
-    assert "Traceback" in long.stderr
+def test_an_error_is_one_message(text: Path) -> None:
+    shown = mixq_process("eval", "/nowhere/model", "--text", text)
+    assert shown.returncode == 2
+    assert shown.stderr.startswith("error: /nowhere/model does not exist.")
+    assert "Traceback" not in shown.stderr
+    assert not shown.stdout
+
+
+def test_debug_shows_where_an_error_comes_from(text: Path) -> None:
+    with pytest.raises(OptionError, match="does not exist"):
+        mixq("eval", "/nowhere/model", "--text", text, "--debug")
