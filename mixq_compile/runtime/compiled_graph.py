@@ -103,7 +103,7 @@ class CompiledGraph:
             if STORE.is_released(arguments[position]):
                 raise ReleasedWeightError(
                     f"this graph reads {name}, which options={{'release_weights': True}} freed after another "
-                    "graph of the model was compiled. Load the model again and compile it without that option."
+                    "graph of the model was compiled. Load the model again and leave that option out."
                 )
 
     def __call__(self, *arguments: Any) -> Any:

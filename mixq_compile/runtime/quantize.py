@@ -14,7 +14,7 @@ from mixq_compile.ops import providers
 from mixq_compile.passes.annotate_outliers import calibrated_columns
 from mixq_compile.passes.canonicalize_linear import GROUPED
 from mixq_compile.passes.select_scheme import LARGE_BATCH, SelectScheme, ineligible, not_faster
-from mixq_compile.runtime.compilation import LinearRecord, remember_swap
+from mixq_compile.runtime.compilation import LinearRecord, remember_swap, swapped_linears
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import pipeline_for
@@ -74,7 +74,8 @@ def quantize(
             "again: load the model again."
         )
     records = list(_swap_all(model, chosen, keep_originals))
-    remember_swap(model, records)
+    before = [record for record in swapped_linears(model) if record.scheme is not None]
+    remember_swap(model, [*before, *records])
     if not records:
         warnings.warn("the model has no linears: nothing to quantize.", stacklevel=2)
     elif all(record.scheme is None for record in records):

@@ -151,7 +151,7 @@ def test_a_weight_that_another_graph_reads_otherwise_is_not_lost() -> None:
 
     model = Twice().eval().requires_grad_(False)
     fast = compiled(model, release_weights=True, fullgraph=False)
-    with pytest.raises(Exception, match="this graph reads .*weight.*, which .* freed after another graph"):
+    with pytest.raises(Exception, match=r"this graph reads .*weight.*, which .* freed after another graph"):
         fast(rows())
 
 
@@ -161,7 +161,7 @@ def test_a_graph_compiled_before_says_so_too() -> None:
     first = compiled(model)
     first(rows())
     released(model)
-    with pytest.raises(ReleasedWeightError, match="this graph reads .*up_proj.*weight"):
+    with pytest.raises(ReleasedWeightError, match=r"this graph reads .*up_proj.*weight"):
         first(rows())
 
 
@@ -178,7 +178,7 @@ def test_static_columns_keep_their_16_bit_weights() -> None:
 
 
 def test_memory_in_the_report() -> None:
-    model, fast = released()
+    _, fast = released()
     report = mixq.report(fast)
     for linear in report.quantized:
         assert linear.bytes_before == 4 * linear.out_features * linear.in_features

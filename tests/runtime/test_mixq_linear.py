@@ -1,0 +1,158 @@
+"""`MixqLinear`: a linear that holds codes, in eager mode."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from compiling import FEATURES, rows
+from rewriting import sqnr
+from torch import nn
+
+from mixq_compile import MixqLinear
+from mixq_compile.scheme import get_scheme, scheme_names
+
+SCHEME = get_scheme("w8a8o16")
+
+
+def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(FEATURES, 48, bias=bias).to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", scheme_names())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_scheme_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    original = linear(dtype)
+    module = MixqLinear.from_linear(original, get_scheme(name), keep_original=True)
+    x = rows(6, columns=(3,) if "o16" in name else ()).to(dtype)
+    result = module(x)
+    assert result.dtype == dtype
+    assert sqnr(original(x), result) > (15 if name == "w4a4o16" else 18 if "w4" in name else 35)
+
+
+@pytest.mark.parametrize("shape", [(FEATURES,), (0, FEATURES), (1, FEATURES), (2, 3, FEATURES)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_leading_shape(shape: tuple[int, ...], bias: bool) -> None:
+    module = MixqLinear.from_linear(linear(bias=bias), SCHEME)
+    assert module(torch.randn(shape)).shape == (*shape[:-1], 48)
+
+
+def test_the_16_bit_weight_is_gone() -> None:
+    module = MixqLinear.from_linear(linear(), SCHEME)
+    assert sum(parameter.numel() for parameter in module.parameters()) == 48, (
+        "more than the bias is a parameter"
+    )
+    assert module.nbytes < 48 * FEATURES * 4 * 0.7
+
+
+def test_weight_has_the_dtype_and_shape_that_models_ask_for_and_no_memory() -> None:
+    module = MixqLinear.from_linear(linear(torch.bfloat16), SCHEME)
+    assert module.weight.dtype == torch.bfloat16
+    assert module.weight.shape == (48, FEATURES)
+    assert module.weight.device == module.weight_codes.device
+    assert module.weight.untyped_storage().nbytes() == 2
+    assert module.weight.isnan().all(), "computing with it would go unnoticed"
+    assert module.to(torch.float16).weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "to", "double"])
+def test_a_cast_leaves_scales_and_thresholds_in_fp32(cast: str) -> None:
+    module = MixqLinear.from_linear(linear(), SCHEME)
+    module(rows(6, columns=(3,)))
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    moved = nn.Sequential(module)
+    moved.to(torch.float16) if cast == "to" else getattr(moved, cast)()
+    for name in ("weight_scale", "column_max", "effective_threshold"):
+        buffer = getattr(module, name)
+        assert buffer.dtype == torch.float32, f"{name} was cast"
+        assert torch.equal(buffer, before[name])
+    for name in ("weight_codes", "index", "column_slot", "counters", "cached_index"):
+        assert torch.equal(getattr(module, name), before[name])
+    dtype = {"half": torch.float16, "to": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}[
+        cast
+    ]
+    assert module.outlier_weight.dtype == module.bias.dtype == dtype
+    if dtype != torch.float64:
+        x = rows(6, columns=(3,))
+        assert sqnr(linear()(x), module(x.to(dtype))) > 35
+
+
+def test_moving_to_meta_and_back_by_to_empty() -> None:
+    module = MixqLinear.from_linear(linear(), SCHEME).to("meta")
+    assert module.weight_scale.dtype == torch.float32
+    assert module.weight_scale.is_meta
+    assert module.to_empty(device="cpu").weight_codes.shape == (48, FEATURES)
+
+
+@pytest.mark.parametrize("name", ["w8a8o16", "w4a8o16"])
+def test_a_state_dict_round_trip_changes_no_bit(name: str) -> None:
+    scheme = get_scheme(name)
+    module = MixqLinear.from_linear(linear(), scheme)
+    module(rows(6, columns=(3,)))
+    other = MixqLinear(FEATURES, 48, scheme, bias=True, dtype=torch.float32)
+    other.load_state_dict(module.state_dict())
+    x = rows(7, columns=(3, 20))
+    assert torch.equal(module(x), other(x))
+
+
+def test_what_is_saved_and_what_is_not() -> None:
+    names = set(MixqLinear.from_linear(linear(), SCHEME, keep_original=True).state_dict())
+    assert names == {
+        "weight_codes", "weight_scale", "index", "column_slot", "column_max", "counters", "effective_threshold",
+        "cached_index", "outlier_weight", "bias",
+    }  # fmt: skip
+
+
+def test_a_deep_copy_learns_on_its_own() -> None:
+    module = MixqLinear.from_linear(linear(), SCHEME)
+    other = copy.deepcopy(module)
+    other(rows(6, columns=(3,)))
+    assert module.outlier_state().columns() == []
+    assert other.outlier_state().columns() == [3]
+
+
+def test_calibrated_columns_keep_their_16_bit_weights() -> None:
+    original = linear()
+    module = MixqLinear.from_linear(original, get_scheme("w4a8o16"), columns=[3, 20], column_max=[9.0, 8.0])
+    assert torch.equal(module.outlier_weight[:, :2], original.weight[:, [3, 20]])
+    assert module.outlier_state().columns() == [3, 20]
+    module.outlier_state().reset()
+    assert module.outlier_state().columns() == [3, 20]
+
+
+@pytest.mark.parametrize(
+    ("miss", "calibrated", "kept", "expected"),
+    [
+        ("exact", False, False, "codes"), ("exact", False, True, "original"), ("exact", True, False, "codes"),
+        ("static", True, False, "original"), ("frozen", True, False, "original"),
+    ],
+)  # fmt: skip
+def test_the_source_of_outlier_weights_is_named(
+    miss: str, calibrated: bool, kept: bool, expected: str
+) -> None:
+    module = MixqLinear.from_linear(
+        linear(), SCHEME.with_outliers(miss=miss), columns=[3] if calibrated else None, keep_original=kept
+    )
+    assert module.outlier_weight_source == expected
+    assert MixqLinear.from_linear(linear(), get_scheme("w8a8")).outlier_weight_source is None
+
+
+def test_a_conv1d_of_transformers_is_turned() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    original = conv1d(48, FEATURES)
+    nn.init.normal_(original.bias)
+    module = MixqLinear.from_linear(original, SCHEME)
+    assert (module.out_features, module.in_features) == (48, FEATURES)
+    assert sqnr(original(rows()), module(rows())) > 35
+
+
+def test_printing_shows_shape_and_scheme() -> None:
+    text = "MixqLinear(in_features=64, out_features=48, scheme=w8a8o16)"
+    assert repr(MixqLinear.from_linear(linear(), SCHEME)) == text
+
+
+def test_gradients_do_not_flow_and_nothing_fails() -> None:
+    module = MixqLinear.from_linear(linear(), SCHEME)
+    assert not module(rows()).requires_grad
