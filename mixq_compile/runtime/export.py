@@ -107,7 +107,13 @@ def compile(
 def _dynamic_shapes(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The dynamic sizes of a captured program, for exporting it again; None where all are fixed."""
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    values = iter([placeholders[name].meta.get("val") for name in program.graph_signature.user_inputs])
+    # Inputs that are no tensors, such as use_cache=False, stand there as themselves.
+    values = iter(
+        [
+            placeholders[name].meta.get("val") if isinstance(name, str) and name in placeholders else None
+            for name in program.graph_signature.user_inputs
+        ]
+    )
 
     def sizes_of(leaf: Any) -> Any:
         value = next(values)

@@ -32,12 +32,22 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers")
 
 
+EQUIVALENT_SUBCLASSES = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+"""Subclasses of nn.Linear that compute just what it does. Of others nothing is known: they stay."""
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """True for `nn.Linear` itself and for subclasses known to compute the same."""
+    kind = type(module)
+    return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in EQUIVALENT_SUBCLASSES
+
+
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The linears that can be swapped, by name: exact `nn.Linear` and `Conv1D`, no subclasses."""
+    """The linears that can be swapped, by name: `nn.Linear`, its known equals, and `Conv1D`."""
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear or is_conv1d(module)
+        if is_plain_linear(module) or is_conv1d(module)
     }
 
 
