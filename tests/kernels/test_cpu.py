@@ -402,7 +402,7 @@ def test_speedup_is_measured_once(op, monkeypatch):
 def test_measuring_is_bounded():
     for m, in_features, out_features in ((10**6, 384, 384), (1, 8192, 28672), (4096, 28672, 8192), (0, 1, 1)):
         rows, features = measured._measured_shape(m, in_features, out_features)
-        assert rows <= min(1024, max(1, 2 * m))
+        assert rows <= min(measured.LARGEST_ROWS, max(1, 2 * m))
         assert features * in_features <= measured.LARGEST_WEIGHT
         assert rows * features * in_features <= measured.LARGEST_PRODUCTS
 
