@@ -16,6 +16,7 @@ from mixq_compile import __version__
 from mixq_compile.calibration.accumulator import ChannelAccumulator
 from mixq_compile.calibration.statistics import NAMES_SHOWN, CalibrationStats, LinearStatistics
 from mixq_compile.errors import MixqError, OptionError
+from mixq_compile.ir.linears import is_conv1d, is_plain_linear
 from mixq_compile.ir.names import normalise_fqn
 from mixq_compile.scheme import DEFAULT_THRESHOLD
 
@@ -94,21 +95,16 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def in_features(module: nn.Module) -> int:
     """K, the number of input channels, of an `nn.Linear` or a `Conv1D` (whose weight is `[K, N]`)."""
     weight: Tensor = module.get_parameter("weight")
-    return weight.shape[1] if type(module) is nn.Linear else weight.shape[0]
+    return weight.shape[0] if is_conv1d(module) else weight.shape[1]
 
 
 def _out_features(module: nn.Module) -> int:
     weight: Tensor = module.get_parameter("weight")
-    return weight.shape[0] if type(module) is nn.Linear else weight.shape[1]
+    return weight.shape[1] if is_conv1d(module) else weight.shape[0]
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # Exact types only: a subclass may compute something else than its weight suggests. Conv1D is
-    # matched by name so that calibrating an ordinary model does not import transformers.
-    kind = type(module)
-    return kind is nn.Linear or (
-        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-    )
+    return is_plain_linear(module) or is_conv1d(module)
 
 
 def _linears(model: nn.Module) -> dict[nn.Module, list[str]]:

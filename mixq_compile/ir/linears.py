@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 aten = torch.ops.aten
@@ -28,3 +29,19 @@ def transposed_source(node: Node) -> Node | None:
             if not is_permutation or axes[0] % 2 == 1:  # type: ignore[operator]
                 return source
     return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for the Conv1D of transformers: a linear whose weight is [K, N]. Does not import transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+EQUIVALENT_SUBCLASSES = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+"""Subclasses of nn.Linear that compute just what it does. Of others nothing is known: they stay."""
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """True for `nn.Linear` itself and for subclasses known to compute the same."""
+    kind = type(module)
+    return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in EQUIVALENT_SUBCLASSES

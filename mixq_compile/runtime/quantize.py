@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mixq_compile.errors import MixqError, OptionError, ReleasedWeightError
+from mixq_compile.ir.linears import is_conv1d, is_plain_linear
 from mixq_compile.ir.roles import OTHER, role_of
 from mixq_compile.ops import providers
 from mixq_compile.passes.annotate_outliers import calibrated_columns
@@ -24,22 +25,6 @@ from mixq_compile.scheme import QuantScheme
 ALLOWED = ("batch_invariant", "capacity", "force", "ignore", "layers", "miss", "stats", "threshold")
 """The options of MixqOptions that a swap takes, beside the scheme."""
 TIED = "its weight is tied to another module's"
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """True for the Conv1D of transformers: a linear whose weight is [K, N]."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers")
-
-
-EQUIVALENT_SUBCLASSES = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
-"""Subclasses of nn.Linear that compute just what it does. Of others nothing is known: they stay."""
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """True for `nn.Linear` itself and for subclasses known to compute the same."""
-    kind = type(module)
-    return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in EQUIVALENT_SUBCLASSES
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -72,7 +57,7 @@ def quantize(
     chosen = MixqOptions.from_user(options={"scheme": scheme, "force": True, **options})
     if not keep_originals:
         chosen.check_codes_only("quantize without keep_originals frees")
-    if type(model) is nn.Linear or is_conv1d(model):
+    if is_plain_linear(model) or is_conv1d(model):
         raise MixqError(
             "the model is a single linear and cannot be swapped in place: wrap it in nn.Sequential."
         )
