@@ -14,6 +14,7 @@ import torch
 
 from mixq_compile.errors import KernelError
 from mixq_compile.kernels.cpu import availability, build, linears, measured
+from mixq_compile.kernels.cpu import quantized_linear as cpu_quantized_linear
 from mixq_compile.kernels.cpu.linears import LinearOperands
 from mixq_compile.ops import declarations as ops
 from mixq_compile.ops.outlier_state import COUNT, OVERFLOW, OutlierState
@@ -233,6 +234,15 @@ def test_quantized_linear_keeps_outliers_in_the_models_dtype(weight_bits, dtype)
     assert int(used) == 2
     assert torch.equal(outliers[:, :2], value[:, [3, 40]])
     assert not outliers[:, 2:].any()
+
+
+def test_quantized_linear_of_a_weight_too_large_to_pack_at_once(monkeypatch):
+    operands = _operands(edge_cases.linear(edge_cases.LinearCase(300, 64, 70), torch.float32, "cpu"))
+    states = [OutlierState.create(70, 16, 2.0, "cpu") for _ in range(2)]
+    expected = _quantized(operands, "relu", states[0], "exact")
+    monkeypatch.setattr(cpu_quantized_linear, "LARGEST_FUSED_WEIGHT", 1000)
+    for mine, theirs in zip(_quantized(operands, "relu", states[1], "exact"), expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_quantized_linear_of_rows_that_are_not_finite():

@@ -6,7 +6,9 @@
 
 namespace mixq {
 
-constexpr int64_t RESULT_BYTES = 256 << 10;  // results that stay in the level-2 cache until they are quantized
+// Rows whose results stay in a cache until they are quantized. Each such block reads all packed codes
+// again, which from the level-3 cache costs little beside so many products.
+constexpr int64_t BLOCK_ROWS = 16 * TILE_ROWS;
 
 using RowQuantizer = int32_t (*)(const QuantizeArguments&, const float*, int64_t, int64_t);
 
@@ -23,7 +25,6 @@ inline float quantized_linear(const LinearArguments& arguments, const QuantizeAr
     const int64_t width = arguments.weight.rows;
     const int64_t panel_count = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
     const int64_t panel_vectors = arguments.panel_vectors();
-    const int64_t block_rows = std::clamp<int64_t>(RESULT_BYTES / (width * 4) / TILE_ROWS, 1, 16) * TILE_ROWS;
     static thread_local Scratch packed;
     IntVector* space = packed.reserve<IntVector>(panel_count * panel_vectors);
     std::vector<Panel> panels(panel_count);
@@ -39,10 +40,10 @@ inline float quantized_linear(const LinearArguments& arguments, const QuantizeAr
             panel.codes = codes;
         }
         ThreadMemory& memory = thread_memory();
-        float* result = memory.result.reserve<float>(block_rows * width);
+        float* result = memory.result.reserve<float>(BLOCK_ROWS * width);
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < arguments.rows; first += block_rows) {
-            const int64_t rows = std::min(block_rows, arguments.rows - first);
+        for (int64_t first = 0; first < arguments.rows; first += BLOCK_ROWS) {
+            const int64_t rows = std::min(BLOCK_ROWS, arguments.rows - first);
             RowBlock block = prepare_rows(arguments, first, rows, QUAD, memory);
             block.result = result;
             for (const Panel& panel : panels) multiply(arguments, block, panel, rows);

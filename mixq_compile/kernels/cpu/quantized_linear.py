@@ -16,6 +16,8 @@ from mixq_compile.ops.providers import provider
 
 ROWS_WORTH_FUSING = 256
 """Fewer rows are too few blocks for all threads."""
+LARGEST_FUSED_WEIGHT = 1 << 23
+"""Codes: all are packed at once, and a larger weight no longer stays in a cache between blocks of rows."""
 
 
 @provider("quantized_linear", name="cpu", priority=PRIORITY, supports=supports)
@@ -40,7 +42,9 @@ def quantized_linear(
     """Where no row exceeds the threshold the numbers are neither written to memory nor rounded to dtype."""
     operands = LinearOperands(codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias)
     leading, features, dtype = tuple(codes.shape[:-1]), weight_codes.shape[0], outliers.dtype
-    if operands.codes.shape[0] >= ROWS_WORTH_FUSING and miss != "per_call":
+    rows, in_features = operands.codes.shape
+    fits = rows >= ROWS_WORTH_FUSING and features * in_features <= LARGEST_FUSED_WEIGHT
+    if fits and miss != "per_call":
         call = Quantization(leading, features, dtype, index, column_slot, bits)
         linear = operands.arguments(None, torch.float32, activation)
         next_state = call.arguments(counters, None if miss == "static" else effective_threshold)
