@@ -12,6 +12,7 @@ namespace mixq {
 constexpr int SMALL_ROWS = 2;                // up to here weight rows are read where they lie, unpacked
 constexpr int64_t PACKED_BYTES = 448 << 10;  // what a thread packs at once: about half of a level-2 cache
 constexpr int64_t BLOCK_BYTES = 192 << 10;   // codes that stay in the level-2 cache beside it
+constexpr int64_t LARGEST_ROWS = 1024;       // rows of one task: enough to forget the packing
 
 // Sums of ROWS activation rows times up to 4 weight rows, along K in vectors: [ROWS, TILE_COLUMNS] in memory.
 template <int BITS, int ROWS>
@@ -45,19 +46,22 @@ void dot_rows(const WeightCodes& weight, int64_t n, const int8_t* codes, int64_t
         for (int c = 0; c < 4; c++) sums[r * TILE_COLUMNS + c] = sum_of_lanes(partial[r][c]);
 }
 
-// How the work is cut into tasks: each is some panels times some rows.
+// How the work is cut into tasks: each is some panels times some rows, a block of rows at a time.
 struct Plan {
-    int64_t panels, panels_per_task, rows_per_task, groups, splits;
+    int64_t panels, panels_per_task, block_rows, rows_per_task, groups, splits;
 
     explicit Plan(const LinearArguments& arguments) {
-        const int64_t padded = arguments.weight.quads() * QUAD;
+        const int64_t padded = arguments.weight.quads() * QUAD, tasks = 4 * arguments.threads;
         panels = (arguments.weight.rows + TILE_COLUMNS - 1) / TILE_COLUMNS;
         panels_per_task = std::clamp<int64_t>(PACKED_BYTES / (padded * TILE_COLUMNS), 1, panels);
-        rows_per_task = std::clamp<int64_t>(BLOCK_BYTES / padded, 48, 96) / TILE_ROWS * TILE_ROWS;
-        splits = (arguments.rows + rows_per_task - 1) / rows_per_task;
+        block_rows = std::clamp<int64_t>(BLOCK_BYTES / padded, 48, 96) / TILE_ROWS * TILE_ROWS;
         groups = (panels + panels_per_task - 1) / panels_per_task;
-        if (groups * splits < 4 * arguments.threads) {
-            panels_per_task = std::max<int64_t>(1, panels * splits / (4 * arguments.threads));
+        const int64_t blocks = (arguments.rows + block_rows - 1) / block_rows;
+        const int64_t blocks_per_task = std::clamp<int64_t>(blocks * groups / tasks, 1, LARGEST_ROWS / block_rows);
+        rows_per_task = blocks_per_task * block_rows;
+        splits = (blocks + blocks_per_task - 1) / blocks_per_task;
+        if (groups * splits < tasks) {
+            panels_per_task = std::max<int64_t>(1, panels * splits / tasks);
             groups = (panels + panels_per_task - 1) / panels_per_task;
         }
     }
@@ -82,7 +86,8 @@ inline RowBlock prepare_rows(
     block.stride = arguments.codes_stride;
     block.surplus = memory.surplus.reserve<int32_t>(rows);
     block.result = (char*)arguments.result + first * arguments.weight.rows * arguments.result_bytes();
-    for (int64_t row = 0; row < rows; row++) block.surplus[row] = 128 * sum_of_codes(block.codes + row * block.stride, columns);
+    for (int64_t row = 0; row < rows; row++)
+        block.surplus[row] = 128 * sum_of_codes(block.codes + row * block.stride, columns);
     if (columns % alignment) {
         const int64_t stride = (columns + alignment - 1) / alignment * alignment;
         int8_t* padded = memory.codes.reserve<int8_t>(rows * stride);
@@ -181,10 +186,14 @@ inline void many_rows(const LinearArguments& arguments) {
                 }
                 packed_group = group;
             }
-            const int64_t first = (task % plan.splits) * plan.rows_per_task;
-            const int64_t rows = std::min(plan.rows_per_task, arguments.rows - first);
-            const RowBlock block = prepare_rows(arguments, first, rows, QUAD, memory);
-            for (int64_t number = 0; number < panel_count; number++) multiply(arguments, block, panels[number], rows);
+            const int64_t begin = (task % plan.splits) * plan.rows_per_task;
+            const int64_t end = std::min(begin + plan.rows_per_task, arguments.rows);
+            for (int64_t first = begin; first < end; first += plan.block_rows) {
+                const int64_t rows = std::min(plan.block_rows, end - first);
+                const RowBlock block = prepare_rows(arguments, first, rows, QUAD, memory);
+                for (int64_t number = 0; number < panel_count; number++)
+                    multiply(arguments, block, panels[number], rows);
+            }
         }
     }
 }

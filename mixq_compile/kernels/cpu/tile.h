@@ -56,7 +56,8 @@ MIXQ_INLINE int32_t sum_of_codes(const int8_t* codes, int64_t columns) {
     int64_t column = 0;
     for (; column + STEP <= columns; column += STEP)
         total = dot4(total, splat(0x01010101), load<IntVector>(codes + column));
-    if (column < columns) total = dot4(total, splat(0x01010101), load_part<IntVector>(codes + column, columns - column));
+    const IntVector rest = load_part<IntVector>(codes + column, columns - column);
+    total = dot4(total, splat(0x01010101), rest);
     return sum_of_lanes(total);
 }
 
@@ -141,7 +142,8 @@ MIXQ_INLINE void store_tile(
 
 // One tile: ROWS rows times the panel's TILE_COLUMNS columns, all of K, in registers.
 template <int ROWS>
-__attribute__((noinline)) void tile(const LinearArguments& arguments, const RowBlock& block, const Panel& panel, int64_t row) {
+__attribute__((noinline)) void tile(
+    const LinearArguments& arguments, const RowBlock& block, const Panel& panel, int64_t row) {
     constexpr int LINE = 64;
     const int64_t quads = arguments.weight.quads();
     const int64_t element = arguments.result_bytes();
