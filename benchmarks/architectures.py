@@ -1,6 +1,6 @@
 """Prints what each route makes of each tiny architecture, and writes benchmarks/results/architectures.json.
 
-    python -m benchmarks.architectures
+python -m benchmarks.architectures
 """
 
 from __future__ import annotations

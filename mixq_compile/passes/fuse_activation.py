@@ -92,11 +92,22 @@ class FuseActivation(Pass):
             fused = graph.call(
                 mixq.quantized_linear.default,
                 (
-                    codes, *state, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias,
-                    activation, bits, miss, kernel,
+                    codes,
+                    *state,
+                    scale,
+                    outliers,
+                    count,
+                    weight_codes,
+                    weight_scale,
+                    outlier_weight,
+                    bias,
+                    activation,
+                    bits,
+                    miss,
+                    kernel,
                 ),
                 like=linear,
-            )  # fmt: skip
+            )
         quantized.replace_all_uses_with(fused)
         graph.graph.erase_node(quantized)
         places = {item.args[1]: item for item in fused.users}

@@ -57,7 +57,7 @@ def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[
     if weight is not None and codes:
         rows, columns = weight.shape
         return (columns, rows) if codes[0].transposed else (rows, columns)
-    matrix = weight if weight is not None and weight.dim() > 2 else graph.value(node.args[1])
+    matrix = graph.value(node.args[1]) if weight is None or node.target is aten.linear.default else weight
     return hint_of(matrix.shape[-2]) or 0, hint_of(matrix.shape[-1]) or 0
 
 

@@ -30,9 +30,7 @@ TIED = "its weight is tied to another module's"
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
     """The linears that can be swapped, by name: `nn.Linear`, its known equals, and `Conv1D`."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if is_plain_linear(module) or is_conv1d(module)
+        name: module for name, module in model.named_modules() if is_plain_linear(module) or is_conv1d(module)
     }
 
 

@@ -40,7 +40,10 @@ def both(codes, rest, out_features, activation, miss="exact"):
     results = {}
     for kernel in ("ref", "cpu"):
         state = OutlierState.create(out_features, 16, 6.0, "cpu")
-        results[kernel] = (*quantized_linear(codes, *state.buffers(), *rest, activation, 8, miss, kernel), state)
+        results[kernel] = (
+            *quantized_linear(codes, *state.buffers(), *rest, activation, 8, miss, kernel),
+            state,
+        )
     return results["ref"], results["cpu"]
 
 
@@ -60,7 +63,9 @@ def test_equals_the_reference(rows, in_features, out_features, dtype, activation
         assert int((found[0].int() - wanted[0].int()).abs().max()) <= steps
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7
         torch.testing.assert_close(found[1], wanted[1], rtol=tolerance, atol=0)
-        torch.testing.assert_close(found[2].float(), wanted[2].float(), rtol=2 * tolerance, atol=2 * tolerance)
+        torch.testing.assert_close(
+            found[2].float(), wanted[2].float(), rtol=2 * tolerance, atol=2 * tolerance
+        )
     assert int(found[3]) == int(wanted[3])
 
 

@@ -118,7 +118,9 @@ class Outcome:
     def __str__(self) -> str:
         figures = "  ".join(f"{route} {self.sqnr[route]:.2f} dB" for route in ROUTES)
         left = "; ".join(f"{count} x {reason}" for reason, count in self.skipped.items()) or "none"
-        return f"{self.architecture:28} {self.quantized}/{self.found} quantized  {figures}  left alone: {left}"
+        return (
+            f"{self.architecture:28} {self.quantized}/{self.found} quantized  {figures}  left alone: {left}"
+        )
 
 
 def _value(architecture: Architecture, output: Any) -> Tensor:

@@ -100,9 +100,17 @@ def test_a_state_dict_round_trip_changes_no_bit(name: str) -> None:
 def test_what_is_saved_and_what_is_not() -> None:
     names = set(MixqLinear.from_linear(linear(), SCHEME, keep_original=True).state_dict())
     assert names == {
-        "weight_codes", "weight_scale", "index", "column_slot", "column_max", "counters", "effective_threshold",
-        "cached_index", "outlier_weight", "bias",
-    }  # fmt: skip
+        "weight_codes",
+        "weight_scale",
+        "index",
+        "column_slot",
+        "column_max",
+        "counters",
+        "effective_threshold",
+        "cached_index",
+        "outlier_weight",
+        "bias",
+    }
 
 
 def test_a_deep_copy_learns_on_its_own() -> None:
@@ -125,10 +133,13 @@ def test_calibrated_columns_keep_their_16_bit_weights() -> None:
 @pytest.mark.parametrize(
     ("miss", "calibrated", "kept", "expected"),
     [
-        ("exact", False, False, "codes"), ("exact", False, True, "original"), ("exact", True, False, "codes"),
-        ("static", True, False, "original"), ("frozen", True, False, "original"),
+        ("exact", False, False, "codes"),
+        ("exact", False, True, "original"),
+        ("exact", True, False, "codes"),
+        ("static", True, False, "original"),
+        ("frozen", True, False, "original"),
     ],
-)  # fmt: skip
+)
 def test_the_source_of_outlier_weights_is_named(
     miss: str, calibrated: bool, kept: bool, expected: str
 ) -> None:

@@ -55,9 +55,7 @@ def test_wrong_options(case: str) -> None:
 
 
 def test_an_error_lists_every_valid_name() -> None:
-    with pytest.raises(
-        OptionError, match="Valid: exact, frozen, lazy, per_call, static"
-    ):
+    with pytest.raises(OptionError, match="Valid: exact, frozen, lazy, per_call, static"):
         MixqOptions(miss="never")
 
 

@@ -120,10 +120,15 @@ def test_tied_weights_are_left_alone() -> None:
 
 
 def test_reasons_are_those_of_the_backend() -> None:
-    model = nn.ModuleDict({
-        "narrow": nn.Linear(FEATURES, 8), "wide": nn.Linear(FEATURES, 32, dtype=torch.float64),
-        "gate": nn.Linear(FEATURES, 32), "up_proj": nn.Linear(FEATURES, 32), "lm_head": nn.Linear(FEATURES, 32),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "narrow": nn.Linear(FEATURES, 8),
+            "wide": nn.Linear(FEATURES, 32, dtype=torch.float64),
+            "gate": nn.Linear(FEATURES, 32),
+            "up_proj": nn.Linear(FEATURES, 32),
+            "lm_head": nn.Linear(FEATURES, 32),
+        }
+    )
     mixq.quantize(model, ignore=[])
     assert reasons(model) == {
         "narrow": "too small: (8, 64), and an integer product needs 16 of each",

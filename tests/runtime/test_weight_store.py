@@ -178,7 +178,7 @@ class TestRelease:
         packed = store.pack(weight, EIGHT, torch.float32)
         store.release(weight)
         assert store.pack(weight, EIGHT, torch.bfloat16).codes is packed.codes
-        with pytest.raises(MixqError, match="cannot be packed again with other options .scheme 'w4a8o16'."):
+        with pytest.raises(MixqError, match=r"cannot be packed again with other options .scheme 'w4a8o16'."):
             store.pack(weight, FOUR, torch.float32)
 
     def test_filling_reads_no_freed_weight(self) -> None:
