@@ -1,4 +1,4 @@
-"""`fuse-activation`: linear → GELU or ReLU → quantize, between two linears, becomes one `quantized_linear`."""
+"""`fuse-activation`: linear → GELU or ReLU → quantize between two linears becomes one `quantized_linear`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quantized_linear` on the CPU against the reference: two codes may differ by one, where a value is rounded."""
+"""`quantized_linear` on the CPU against the reference: codes may differ by one, where a value is rounded."""
 
 import pytest
 import torch
