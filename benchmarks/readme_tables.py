@@ -70,22 +70,6 @@ def linear() -> str:
     return f"{title}\n\n{_markdown(header, rows)}"
 
 
-def perplexity() -> str:
-    """stories260k."""
-    found = _load("perplexity_stories")
-
-    def share(row: dict[str, Any]) -> str:
-        shares = row["outlier_share"]
-        return "" if shares is None else f"{100 * shares['mean']:.0f} %, at most {100 * shares['max']:.0f} %"
-
-    rows = [[row["label"], f"{row['perplexity']:.3f}", share(row)] for row in found["rows"]]
-    title = (
-        f"**Perplexity** of a small trained Llama (stories260k) on {found['documents']} stories, "
-        f"{found['tokens_scored']} tokens (`mixq eval --protocol stories`):"
-    )
-    return f"{title}\n\n{_markdown(['', 'perplexity', 'columns in 16 bit'], rows)}"
-
-
 def architectures() -> str:
     """What the tests run."""
     found = _load("architectures")
@@ -103,7 +87,6 @@ def architectures() -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "demo": ("README.md", demo),
     "linear": ("README.md", linear),
-    "perplexity": ("README.md", perplexity),
     "architectures": ("docs/models.md", architectures),
 }
 
