@@ -26,7 +26,7 @@ def _describe(module: MixqLinear) -> dict[str, Any]:
         "in_features": module.in_features,
         "out_features": module.out_features,
         "bias": module.bias is not None,
-        "dtype": str(module.weight_marker.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(module.weight_marker),
         "scheme": module.scheme.to_json(),
         "batch_invariant": module.batch_invariant,
         "calibrated": module.calibrated,
@@ -45,6 +45,22 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         seen.add(identity)
         kept[name] = tensor.detach().cpu().contiguous().clone()
     return kept
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _computed_buffers(model: nn.Module) -> dict[str, str]:
+    """The dtypes of buffers that are not saved, but computed when the model is built, such as frequencies."""
+    saved = set(model.state_dict())
+    return {
+        f"{prefix}.{name}" if prefix else name: _dtype_name(buffer)
+        for prefix, module in model.named_modules()
+        if not isinstance(module, MixqLinear)
+        for name, buffer in module.named_buffers(recurse=False)
+        if f"{prefix}.{name}" not in saved and buffer.is_floating_point()
+    }
 
 
 def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
@@ -82,6 +98,7 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
         "architecture": type(model).__name__,
         "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
         "linears": {name: _describe(module) for name, module in swapped.items()},
+        "computed": _computed_buffers(model),
     }
     save_file(_tensors(model), target / TENSORS, metadata={"format": "pt"})
     (target / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -175,16 +192,30 @@ def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module)
             records.append(_record(name, module))
+        for name, dtype in manifest["computed"].items():
+            parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, leaf, getattr(owner, leaf).to(getattr(torch, dtype)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _corrupt(source / MANIFEST, error) from error
     try:
         tensors = load_file(source / TENSORS)
+        for name, tensor in model.state_dict().items():
+            # Some models keep a few tensors in another dtype than the rest.
+            if name in tensors and tensors[name].dtype != tensor.dtype:
+                _own_tensor(model, name).data = tensor.to(tensors[name].dtype)
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise _corrupt(source / TENSORS, error) from error
     _check_complete(model, source / TENSORS, missing, unexpected)
     remember_swap(model, records)
     return model.eval().to(device)
+
+
+def _own_tensor(model: nn.Module, name: str) -> Tensor:
+    parent, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(parent), leaf)
+    return found
 
 
 def _check_complete(model: nn.Module, path: Path, missing: list[str], unexpected: list[str]) -> None:

@@ -157,7 +157,7 @@ def report(model: nn.Module) -> Report:
     owned = {id(parameter) for parameter in inner.parameters()}
     rows: dict[str, LinearReport] = {}
     for record in swapped_linears(inner):
-        module = inner.get_submodule(record.fqn)
+        module = inner.get_submodule(record.fqn) if record.scheme is not None else None
         rows[record.fqn] = (
             _from_module(record, module) if isinstance(module, MixqLinear) else _from_record(record)
         )
@@ -165,7 +165,10 @@ def report(model: nn.Module) -> Report:
         for record in compilation.linears:
             weight = record.weight() if record.weight is not None else None
             known = rows.get(record.fqn)
-            if id(weight) in owned and (known is None or known.scheme is None or record.scheme is not None):
+            computed = record.weight is None
+            if not computed and id(weight) not in owned:
+                continue
+            if known is None or known.scheme is None or record.scheme is not None:
                 rows[record.fqn] = _from_record(record)
     made = Report(
         linears=tuple(rows.values()),

@@ -61,7 +61,7 @@ def test_dynamic_sizes_stay_dynamic(count: int) -> None:
 def test_fixed_sizes_stay_fixed() -> None:
     program, _ = mixq.compile(mixq.capture(block(), rows()), force=True)
     assert not program.range_constraints
-    with pytest.raises(Exception, match="to be equal to 6"):
+    with pytest.raises(Exception, match=r"equal to 6|== 6"):
         program.module()(rows(7))
 
 
@@ -179,7 +179,7 @@ class TestCapture:
 
     def test_flags_are_restored_after_a_failure(self) -> None:
         model = block().train()
-        with pytest.raises(Exception, match=r"shape|size"):
+        with pytest.raises(Exception, match=r"shape|size|dim"):
             mixq.capture(model, torch.randn(3, 5))
         assert model.training
 
