@@ -15,7 +15,7 @@ from mixq_compile.ops import providers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
-GELUS = (torch.nn.functional.gelu, torch._C._nn.gelu, aten.gelu.default)
+GELUS = (torch.nn.functional.gelu, aten.gelu.default)
 RELUS = (torch.relu, torch.nn.functional.relu, aten.relu.default)
 
 
