@@ -23,6 +23,10 @@ from mixq_compile.runtime.weight_store import STORE
 
 BEFORE = {
     "expand-linear": "strip-guards",
+    "fuse-activation": (
+        "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
+        "fuse-epilogue"
+    ),
     "annotate-outliers": "canonicalize-linear,select-scheme{force=true}",
 }
 """Passes to run before one, where that is not the passes before it in `jit`."""
