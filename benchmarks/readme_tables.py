@@ -70,6 +70,27 @@ def linear() -> str:
     return f"{title}\n\n{_markdown(header, rows)}"
 
 
+def perplexity() -> str:
+    """A trained language model on text that calibration has not seen."""
+    found = _load("perplexity_stories")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        share = row["outlier_share"]
+        return [
+            row["label"], f"{row['perplexity']:.3f}",
+            "–" if row["delta"] is None else f"{row['delta']:+.3f}",
+            "–" if share is None else f"{share['mean']:.1%}, {share['max']:.1%}",
+        ]  # fmt: skip
+
+    title = (
+        f"**A language model.** {found['model']}, a Llama trained on short stories, over {found['documents']} "
+        f"stories ({found['tokens_scored']} tokens), every linear but the head quantized; the 4-bit schemes "
+        "are calibrated on other stories (`mixq eval --protocol stories --force`):"
+    )
+    header = ["", "perplexity", "over full precision", "columns in full precision: mean, most"]
+    return f"{title}\n\n{_markdown(header, [cells(row) for row in found['rows']])}"
+
+
 def architectures() -> str:
     """What the tests run."""
     found = _load("architectures")
@@ -87,6 +108,7 @@ def architectures() -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "demo": ("README.md", demo),
     "linear": ("README.md", linear),
+    "perplexity": ("README.md", perplexity),
     "architectures": ("docs/models.md", architectures),
 }
 
