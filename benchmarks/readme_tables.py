@@ -83,9 +83,10 @@ def perplexity() -> str:
         ]  # fmt: skip
 
     title = (
-        f"**A language model.** {found['model']}, a Llama trained on short stories, over {found['documents']} "
-        f"stories ({found['tokens_scored']} tokens), every linear but the head quantized; the 4-bit schemes "
-        "are calibrated on other stories (`mixq eval --protocol stories --force`):"
+        f"**A language model.** {found['model']}, a Llama trained on short stories, over "
+        f"{found['documents']} stories ({found['tokens_scored']} tokens), every linear but the head "
+        "quantized; the 4-bit schemes are calibrated on other stories "
+        "(`mixq eval --protocol stories --force`):"
     )
     header = ["", "perplexity", "over full precision", "columns in full precision: mean, most"]
     return f"{title}\n\n{_markdown(header, [cells(row) for row in found['rows']])}"
