@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Learning new outlier columns on the device: one launch, which returns at once where the flag is down.
+"""Learning new outlier columns on the device: a part of the launch that `quantization` calls learning.
 
 Column maxima are taken by many programs; the last one to finish changes the state. It places columns
 by prefix sums, never by atomics, so that the state does not depend on the order of programs.
@@ -10,15 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixq_compile.kernels.tl.toolkit import await_previous_launch, ceil_div, overlap, power_of_two, tl, triton
+from mixq_compile.kernels.tl.toolkit import ceil_div, power_of_two, tl, triton
 from mixq_compile.ops.outlier_state import COUNT, FLAG, OVERFLOW
 
 EVICT, KEEP, REPLACE = range(3)
 """What happens to known columns when slots run out: the largest of all stay, the known ones stay in any
 case, or (policy `per_call`) none is known to begin with."""
 
-TICKET, REDO, HEADER = 0, 1, 16
-"""Places in the scratch buffer: programs done, whether to quantize again; then the arrays begin."""
+TICKET, GROWN, HEADER = 0, 1, 16
+"""Places in the scratch buffer: programs done, whether the state has changed; then the arrays begin."""
 
 TILE_COLUMNS = 128
 TILE_ROWS = 32
@@ -26,19 +26,20 @@ PROGRAMS_WANTED = 256
 SELECTION_BLOCK = 2048
 
 _EVICT, _KEEP, _REPLACE = tl.constexpr(EVICT), tl.constexpr(KEEP), tl.constexpr(REPLACE)
-_TICKET, _REDO, _HEADER = tl.constexpr(TICKET), tl.constexpr(REDO), tl.constexpr(HEADER)
+_TICKET, _GROWN, _HEADER = tl.constexpr(TICKET), tl.constexpr(GROWN), tl.constexpr(HEADER)
 _COUNT, _OVERFLOW, _FLAG = (tl.constexpr(place) for place in (COUNT, OVERFLOW, FLAG))
 _LARGEST_FINITE_BITS = tl.constexpr(0x7F7FFFFF)
 
 
 @triton.jit
 def _column_maxima(
-    x, scale, maxima, rows, columns, splits, x_stride, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
-):
+    x, scale, maxima, strip, rows, columns, splits, x_stride,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Bits of the column maxima of every `splits`-th tile of rows, over finite rows."""
     tiles = tl.cdiv(columns, TILE_COLUMNS)
-    column = (tl.program_id(0) % tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    split = tl.program_id(0) // tiles
+    column = (strip % tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    split = strip // tiles
     inside = column < columns
     largest = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.int32)
     for start in range(split * TILE_ROWS, rows, splits * TILE_ROWS):
@@ -207,8 +208,8 @@ def _change_state(
         tl.store(effective_threshold, tl.maximum(tl.load(effective_threshold), limit))
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
-def _grow(
+@triton.jit
+def grow_state(
     x,  # [M, K]
     scale,  # [M] fp32, NaN in rows that are not finite
     index,  # [C] int32
@@ -227,24 +228,32 @@ def _grow(
     TILE_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
-    if OVERLAPS:
-        await_previous_launch()
-    if tl.load(counters + _FLAG) != 0:
-        maxima = scratch + _HEADER + columns
-        _column_maxima(x, scale, maxima, rows, columns, splits, x_stride, TILE_ROWS, TILE_COLUMNS)
-        # All threads of a program must have written before its one atomic publishes that.
+    """Adds the columns above the threshold to the state; says so in `scratch` when that is done."""
+    maxima = scratch + _HEADER + columns
+    for strip in range(tl.program_id(0), tl.cdiv(columns, TILE_COLUMNS) * splits, tl.num_programs(0)):
+        _column_maxima(x, scale, maxima, strip, rows, columns, splits, x_stride, TILE_ROWS, TILE_COLUMNS)
+    # All threads of a program must have written before its one atomic publishes that.
+    tl.debug_barrier()
+    done = tl.atomic_add(scratch + _TICKET, 1)
+    if done == tl.num_programs(0) - 1:
+        _change_state(
+            scratch, index, column_slot, column_max, counters, effective_threshold, columns, slots,
+            splits, POLICY, BLOCK, SLOTS,
+        )  # fmt: skip
+        # Every program has read the flag by now, because each has taken its ticket.
+        tl.store(counters + _FLAG, 0)
         tl.debug_barrier()
-        done = tl.atomic_add(scratch + _TICKET, 1)
-        if done == tl.num_programs(0) - 1:
-            _change_state(
-                scratch, index, column_slot, column_max, counters, effective_threshold, columns, slots,
-                splits, POLICY, BLOCK, SLOTS,
-            )  # fmt: skip
-            # Every program has read the flag by now, because each has taken its ticket.
-            tl.store(counters + _FLAG, 0)
-            tl.store(scratch + _REDO, 1)
+        tl.atomic_xchg(scratch + _GROWN, 1, sem="release")
+
+
+@triton.jit
+def await_growth(scratch):
+    """Waits until one of the programs, all of which run at the same time, has changed the state."""
+    grown = tl.atomic_add(scratch + _GROWN, 0, sem="acquire")
+    while grown == 0:
+        grown = tl.atomic_add(scratch + _GROWN, 0, sem="acquire")
+    tl.debug_barrier()
 
 
 def _splits(rows: int, columns: int) -> int:
@@ -262,24 +271,10 @@ def scratch_for(matrix: Tensor, slots: int) -> Tensor:
     return torch.empty(length, dtype=torch.int32, device=matrix.device)
 
 
-def grow(
-    matrix: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    column_slot: Tensor,
-    column_max: Tensor,
-    counters: Tensor,
-    effective_threshold: Tensor,
-    scratch: Tensor,
-    policy: int,
-) -> None:
-    """Where the flag is up: adds the columns above the threshold to the state, and takes the flag down."""
-    rows, columns = matrix.shape
-    splits = _splits(rows, columns)
-    _grow[(ceil_div(columns, TILE_COLUMNS) * splits,)](
-        matrix, scale, index, column_slot, column_max, counters, effective_threshold, scratch,
-        rows, columns, index.shape[0], splits, matrix.stride(0),
-        POLICY=policy, TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS,
-        BLOCK=min(SELECTION_BLOCK, power_of_two(columns)), SLOTS=power_of_two(index.shape[0]),
-        num_warps=8, **overlap(matrix),
-    )  # fmt: skip
+def growth_options(rows: int, columns: int, slots: int, policy: int) -> dict[str, int]:
+    """The arguments of `grow_state` from `splits` on that do not depend on the tensors."""
+    return {
+        "splits": _splits(rows, columns), "POLICY": policy, "TILE_ROWS": TILE_ROWS,
+        "TILE_COLUMNS": TILE_COLUMNS, "BLOCK": min(SELECTION_BLOCK, power_of_two(columns)),
+        "SLOTS": power_of_two(slots),
+    }  # fmt: skip

@@ -3,7 +3,7 @@
 
 The loading warp streams the int8 tiles and then the outlier tiles through one ring of buffers (64
 16-bit columns have the bytes of 128 codes), so that nothing drains between the two products, and runs
-ahead into the next output tile while this one is stored.
+ahead into the next output tile while this one is stored. `hopper_schedule` deals out the tiles.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixq_compile.kernels.tl.hopper_schedule import (
+    count_pieces,
+    handover_flags,
+    piece,
+    streamed_tiles,
+    tile_place,
+)
 from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP
 from mixq_compile.kernels.tl.toolkit import (
     TRITON_PROBLEM,
@@ -66,25 +73,17 @@ class Tile(NamedTuple):
 
 
 @gluon.jit
-def _tile_place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
-    """As `tiles.tile_place`, which Gluon cannot call."""
-    per_group = GROUP * column_tiles
-    first = tile // per_group * GROUP
-    height = min(row_tiles - first, GROUP)
-    return first + (tile % per_group) % height, (tile % per_group) // height
-
-
-@gluon.jit
 def _load_tiles(
     codes, weight, outliers, outlier_weight, left_ring, right_ring, ready, empty,
-    row_tiles, column_tiles, steps, outlier_steps,
+    row_tiles, column_tiles, steps, outlier_steps, streamed,
     HAS_SLOTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     BUFFERS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     turn = 0
-    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
-        down, across = _tile_place(tile, row_tiles, column_tiles, GROUP)
-        for step in range(0, steps):
+    for number in range(0, count_pieces(row_tiles * column_tiles, streamed, steps)):
+        tile, first_step, last_step = piece(number, streamed, steps)
+        down, across = tile_place(tile, row_tiles, column_tiles, GROUP)
+        for step in range(first_step, last_step):
             place = turn % BUFFERS
             mbarrier.wait(empty.index(place), ((turn // BUFFERS) & 1) ^ 1)
             mbarrier.expect(ready.index(place), (BLOCK_M + BLOCK_N) * BLOCK_K)
@@ -96,7 +95,8 @@ def _load_tiles(
             )
             turn += 1
         if HAS_SLOTS:
-            for step in range(0, outlier_steps):
+            # The program that begins a tile also ends it.
+            for step in range(0, gl.where(first_step == 0, outlier_steps, 0)):
                 place = turn % BUFFERS
                 mbarrier.wait(empty.index(place), ((turn // BUFFERS) & 1) ^ 1)
                 mbarrier.expect(ready.index(place), (BLOCK_M + BLOCK_N) * BLOCK_K)
@@ -118,11 +118,12 @@ def _load_tiles(
 
 @gluon.jit
 def _multiply_tiles(
-    outliers, outlier_weight, out, scale, weight_scale, bias, left_ring, right_ring, staging, ready, empty,
-    row_tiles, column_tiles, steps, outlier_steps, rows, features,
-    HAS_SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
-    INSTRUCTION: gl.constexpr, WARPS: gl.constexpr,
+    outliers, outlier_weight, out, scale, weight_scale, bias, partial_sums, handovers,
+    left_ring, right_ring, staging, ready, empty,
+    row_tiles, column_tiles, steps, outlier_steps, streamed, rows, features,
+    HAS_SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr, STREAMS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr,
+    PARTS: gl.constexpr, INSTRUCTION: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     # The two layouts differ in the depth of an instruction only: converting moves no data.
     integer_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -132,53 +133,98 @@ def _multiply_tiles(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, INSTRUCTION, 16]
     )
     turn = 0
-    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
-        down, across = _tile_place(tile, row_tiles, column_tiles, GROUP)
+    for number in range(0, count_pieces(row_tiles * column_tiles, streamed, steps)):
+        tile, first_step, last_step = piece(number, streamed, steps)
+        down, across = tile_place(tile, row_tiles, column_tiles, GROUP)
         row = down * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, integer_layout))
         feature = across * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, integer_layout))
         row_scale = gl.load(scale + row, mask=row < rows, other=0.0)
         feature_scale = gl.load(weight_scale + feature, mask=feature < features, other=0.0)
         accumulator = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, integer_layout)
-        for step in range(0, steps):
+        if STREAMS and (first_step == 0) & (last_step < steps):
+            accumulator = _fetch_sums(
+                partial_sums, handovers, gl.program_id(0) + 1, BLOCK_M, BLOCK_N, integer_layout
+            )
+        for step in range(first_step, last_step):
             place = turn % BUFFERS
             mbarrier.wait(ready.index(place), (turn // BUFFERS) & 1)
             right = right_ring.index(place).permute((1, 0))
             accumulator = warpgroup_mma(left_ring.index(place), right, accumulator, is_async=True)
             accumulator = warpgroup_mma_wait(1, deps=(accumulator,))
             # All but the last product are done, so the buffer before this one is free.
-            mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1, pred=step > 0)
+            mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1, pred=step > first_step)
             turn += 1
         accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
         mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1)
-        result = accumulator.to(gl.float32) * gl.expand_dims(row_scale, 1) * gl.expand_dims(feature_scale, 0)
-        result = gl.convert_layout(result, layout)
-        if HAS_SLOTS:
-            for _ in range(0, outlier_steps):
-                place = turn % BUFFERS
-                mbarrier.wait(ready.index(place), (turn // BUFFERS) & 1)
-                left = left_ring.index(place)._reinterpret(
-                    outliers.dtype, [BLOCK_M, BLOCK_K // 2], outliers.layout
-                )
-                right = right_ring.index(place)._reinterpret(
-                    outlier_weight.dtype, [BLOCK_N, BLOCK_K // 2], outlier_weight.layout
-                )
-                result = warpgroup_mma(left, right.permute((1, 0)), result, is_async=True)
-                result = warpgroup_mma_wait(0, deps=(result,))
-                mbarrier.arrive(empty.index(place), count=1)
-                turn += 1
-        if HAS_BIAS:
-            column = across * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-            added = gl.load(bias + column, mask=column < features, other=0.0).to(gl.float32)
-            result += gl.expand_dims(added, 0)
-        rounded = result.to(out.dtype)
-        if PARTS == 2:
-            halves = gl.permute(gl.reshape(rounded, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1))
-            left_half, right_half = gl.split(halves)
-            _store_part(out, staging, left_half, down * BLOCK_M, across * BLOCK_N)
-            _store_part(out, staging, right_half, down * BLOCK_M, across * BLOCK_N + BLOCK_N // 2)
+        if STREAMS and first_step > 0:
+            _leave_sums(partial_sums, handovers, accumulator, BLOCK_M, BLOCK_N, integer_layout)
         else:
-            _store_part(out, staging, rounded, down * BLOCK_M, across * BLOCK_N)
+            result = accumulator.to(gl.float32)
+            result = result * gl.expand_dims(row_scale, 1) * gl.expand_dims(feature_scale, 0)
+            result = gl.convert_layout(result, layout)
+            if HAS_SLOTS:
+                for _ in range(0, outlier_steps):
+                    place = turn % BUFFERS
+                    mbarrier.wait(ready.index(place), (turn // BUFFERS) & 1)
+                    left = left_ring.index(place)._reinterpret(
+                        outliers.dtype, [BLOCK_M, BLOCK_K // 2], outliers.layout
+                    )
+                    right = right_ring.index(place)._reinterpret(
+                        outlier_weight.dtype, [BLOCK_N, BLOCK_K // 2], outlier_weight.layout
+                    )
+                    result = warpgroup_mma(left, right.permute((1, 0)), result, is_async=True)
+                    result = warpgroup_mma_wait(0, deps=(result,))
+                    mbarrier.arrive(empty.index(place), count=1)
+                    turn += 1
+            if HAS_BIAS:
+                column = across * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+                added = gl.load(bias + column, mask=column < features, other=0.0).to(gl.float32)
+                result += gl.expand_dims(added, 0)
+            rounded = result.to(out.dtype)
+            if PARTS == 2:
+                halves = gl.permute(gl.reshape(rounded, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1))
+                left_half, right_half = gl.split(halves)
+                _store_part(out, staging, left_half, down * BLOCK_M, across * BLOCK_N)
+                _store_part(out, staging, right_half, down * BLOCK_M, across * BLOCK_N + BLOCK_N // 2)
+            else:
+                _store_part(out, staging, rounded, down * BLOCK_M, across * BLOCK_N)
     tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def _sums_of(partial_sums, program, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    feature = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+    return (
+        partial_sums
+        + program * (BLOCK_M * BLOCK_N)
+        + gl.expand_dims(row * BLOCK_N, 1)
+        + gl.expand_dims(feature, 0)
+    )
+
+
+@gluon.jit
+def _fetch_sums(
+    partial_sums, handovers, program, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr
+):
+    """Waits for what `program` leaves, takes it, and takes its flag down for the next launch."""
+    while gl.atomic_add(handovers + program, 0, sem="acquire") == 0:
+        pass
+    gl.thread_barrier()
+    sums = gl.load(_sums_of(partial_sums, program, BLOCK_M, BLOCK_N, layout), cache_modifier=".cg")
+    gl.store(handovers + program, 0)
+    return sums
+
+
+@gluon.jit
+def _leave_sums(
+    partial_sums, handovers, accumulator, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr
+):
+    program = gl.program_id(0)
+    gl.store(_sums_of(partial_sums, program, BLOCK_M, BLOCK_N, layout), accumulator)
+    # All threads must have stored before the flag of one publishes that.
+    gl.thread_barrier()
+    gl.atomic_xchg(handovers + program, 1, sem="release")
 
 
 @gluon.jit
@@ -189,7 +235,7 @@ def _store_part(out, staging, part, first_row, first_feature):
     tma.async_copy_shared_to_global(out, [first_row, first_feature], staging)
 
 
-@gluon.jit(do_not_specialize=["rows"])
+@gluon.jit(do_not_specialize=["rows", "streamed"])
 def _specialized_warps(
     codes,  # [M, K] int8
     scale,  # [M] fp32
@@ -200,11 +246,15 @@ def _specialized_warps(
     outlier_weight,  # [N, C]
     bias,  # [N]
     out,  # [M, N], stored in PARTS of a tile
+    partial_sums,  # int32, a tile for each program
+    handovers,  # int32, a flag for each program
     rows,
     features,
     columns,
+    streamed,
     HAS_SLOTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    STREAMS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -233,13 +283,15 @@ def _specialized_warps(
     gl.warp_specialize(
         [
             (_multiply_tiles, (
-                outliers, outlier_weight, out, scale, weight_scale, bias, left_ring, right_ring, staging,
-                ready, empty, row_tiles, column_tiles, steps, outlier_steps, rows, features,
-                HAS_SLOTS, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP, PARTS, INSTRUCTION, num_warps,
+                outliers, outlier_weight, out, scale, weight_scale, bias, partial_sums, handovers,
+                left_ring, right_ring, staging, ready, empty,
+                row_tiles, column_tiles, steps, outlier_steps, streamed, rows, features,
+                HAS_SLOTS, HAS_BIAS, STREAMS, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP, PARTS, INSTRUCTION,
+                num_warps,
             )),
             (_load_tiles, (
                 codes, weight, outliers, outlier_weight, left_ring, right_ring, ready, empty,
-                row_tiles, column_tiles, steps, outlier_steps,
+                row_tiles, column_tiles, steps, outlier_steps, streamed,
                 HAS_SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP,
             )),
         ],
@@ -264,12 +316,14 @@ def _parts(tile: Tile) -> int:
     return 2 if tile.features > 128 else 1
 
 
+LARGEST_TILE = Tile(128, 256, 4, 8)
+"""The one that is streamed: others are for calls with less work than the device has room."""
 TILES = (
     (64, (Tile(64, 128, 6, 4), Tile(64, 64, 6, 4), Tile(64, 32, 8, 4))),
     (128, (Tile(128, 128, 6, 8), Tile(128, 64, 8, 8))),
     (256, (Tile(64, 128, 8, 4), Tile(64, 64, 6, 4))),
     (768, (Tile(128, 128, 6, 8), Tile(64, 128, 8, 4))),
-    (None, (Tile(128, 256, 4, 8), Tile(128, 128, 6, 8), Tile(64, 128, 8, 4))),
+    (None, (LARGEST_TILE, Tile(128, 128, 6, 8), Tile(64, 128, 8, 4))),
 )
 """Up to so many rows: the tiles to choose from, the one that reads least first."""
 
@@ -297,15 +351,26 @@ def launch(
     (rows, columns), features, slots = codes.shape, weight.shape[0], outliers.shape[1]
     tiles = ceil_div(rows, tile.rows) * ceil_div(features, tile.features)
     resident = 2 if tile.warps == 4 and 2 * shared_memory(tile) <= SHARED_MEMORY else 1
+    programs = min(tiles, resident * multiprocessors(codes.device))
+    handovers, partial_sums = None, None
+    streamed = streamed_tiles(tiles, ceil_div(columns, DEPTH), programs) if tile == LARGEST_TILE else 0
+    if streamed:
+        handovers = handover_flags(codes.device)
+    if handovers is None:
+        streamed = 0
+    else:
+        sums = programs * tile.rows * tile.features
+        partial_sums = torch.empty(sums, dtype=torch.int32, device=codes.device)
     left, right = [tile.rows, DEPTH // 2], [tile.features, DEPTH // 2]
     parts = _parts(tile)
-    _specialized_warps[(min(tiles, resident * multiprocessors(codes.device)),)](
+    _specialized_warps[(programs,)](
         _describe(codes, [tile.rows, DEPTH]), scale,
         _describe(outliers, left) if slots else None, count,
         _describe(weight, [tile.features, DEPTH]), weight_scale,
         _describe(outlier_weight, right) if slots else None, bias,
-        _describe(out, [tile.rows, tile.features // parts]), rows, features, columns,
-        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None,
+        _describe(out, [tile.rows, tile.features // parts]), partial_sums, handovers,
+        rows, features, columns, streamed,
+        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None, STREAMS=streamed > 0,
         BLOCK_M=tile.rows, BLOCK_N=tile.features, BLOCK_K=DEPTH, BUFFERS=tile.buffers,
         GROUP=TILES_PER_GROUP, PARTS=parts,
         INSTRUCTION=min(tile.features, LARGEST_INTEGER_INSTRUCTION), REGISTERS=LOADING_WARP_REGISTERS,

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
 """`quantize` and `quantize_online`: row scales, codes and the extracted outlier columns in one pass.
 
-An online call is up to three launches: quantize with the columns known so far, raising a flag on the
-device where a row exceeds the threshold; `growth` learns the new columns; quantize again. The last two
-return at once where the flag is down, so that the host never has to look at it.
+An online call is two launches: quantize with the columns known so far, raising a flag on the device
+where a row exceeds the threshold; then learning, which returns at once where the flag is down, so that the
+host never has to look at it, and else learns the new columns and quantizes again.
 """
 
 from __future__ import annotations
@@ -11,11 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixq_compile.kernels.tl.growth import EVICT, KEEP, REDO, REPLACE, TICKET, grow, scratch_for
+from mixq_compile.kernels.tl.growth import (
+    EVICT,
+    KEEP,
+    REPLACE,
+    await_growth,
+    grow_state,
+    growth_options,
+    scratch_for,
+)
+from mixq_compile.kernels.tl.quantized_rows import ALWAYS, CHECK, FIXED, SNAPSHOT, quantize_rows
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
     await_previous_launch,
     ceil_div,
+    interpreting,
     multiprocessors,
     on_device,
     overlap,
@@ -25,45 +35,24 @@ from mixq_compile.kernels.tl.toolkit import (
     tl,
     triton,
 )
-from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN
+from mixq_compile.ops.outlier_state import FLAG
 from mixq_compile.ops.providers import provider
-from mixq_compile.ops.weight_codes import EPSILON, aligned_empty
-
-FIXED, SNAPSHOT, CHECK, ALWAYS, AGAIN = range(5)
-"""What a launch of the row kernel does besides quantizing: nothing; reports the count; also raises the
-flag where a row exceeds the threshold; raises it in any case; only runs if the state has changed."""
+from mixq_compile.ops.weight_codes import aligned_empty
 
 ELEMENTS_PER_THREAD = 8
 """Contiguous columns of a thread: 16 bytes of a 16-bit activation."""
 PROGRAMS_PER_MULTIPROCESSOR = 16
-PROGRAMS_TO_QUANTIZE_AGAIN = 2
-"""So few, because in most calls they only look at the flag."""
 FEW_ROWS = 512
 """Up to so many rows, more warps share each."""
 PARTS_HELD = 6
 """Where a row has at most so many parts, a program keeps which columns are outliers in registers."""
+LEARNING_WARPS = 8
 
-_EPSILON = tl.constexpr(EPSILON)
-_ROUNDER = tl.constexpr(1.5 * 2.0**23)
-_FIXED, _CHECK, _ALWAYS, _AGAIN = (tl.constexpr(mode) for mode in (FIXED, CHECK, ALWAYS, AGAIN))
-_COUNT, _FLAG, _FROZEN = (tl.constexpr(place) for place in (COUNT, FLAG, FROZEN))
-_TICKET, _REDO = tl.constexpr(TICKET), tl.constexpr(REDO)
-
-
-@triton.jit
-def _larger_or_nan(left, right):
-    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _is_inner(column_slot, column, columns):
-    """1.0 where a column is no outlier column, else 0.0."""
-    slot = tl.load(column_slot + column, mask=column < columns, other=-1)
-    return tl.where(slot < 0, 1.0, 0.0)
+_FLAG, _SNAPSHOT = tl.constexpr(FLAG), tl.constexpr(SNAPSHOT)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _quantize_rows(
+def _quantize(
     x,  # [M, K]
     codes,  # [M, K] int8
     scale,  # [M] fp32
@@ -89,74 +78,56 @@ def _quantize_rows(
 ):
     if OVERLAPS:
         await_previous_launch()
-    program = tl.program_id(0)
-    if MODE == _AGAIN:
-        rows = rows * tl.load(scratch + _REDO)
-    count = tl.load(counters + _COUNT)
-    if MODE != _FIXED:
-        tl.store(count_used, count, mask=(program == 0) & (rows > 0))
-    if (MODE == _CHECK) | (MODE == _ALWAYS):
-        learns = tl.load(counters + _FROZEN) == 0
-        tl.store(scratch + _TICKET, 0, mask=program == 0)
-        tl.store(scratch + _REDO, 0, mask=program == 0)
-    if MODE == _CHECK:
-        threshold = tl.load(effective_threshold)
-    if MODE == _ALWAYS:
-        tl.store(counters + _FLAG, 1, mask=(program == 0) & learns)
+    quantize_rows(
+        x, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used, scratch,
+        rows, columns, slots, x_stride, codes_stride, LARGEST_CODE, MODE, PART, PARTS, HOLDS, SLOTS,
+    )  # fmt: skip
 
-    if SLOTS > 0:
-        place = tl.arange(0, SLOTS)
-        outlier_column = tl.load(index + place, mask=(place < count) & (place < slots), other=0)
-    inner_columns = ()
-    if HOLDS:
-        for part in tl.static_range(PARTS):
-            column = part * PART + tl.arange(0, PART)
-            inner_columns = inner_columns + (_is_inner(column_slot, column, columns),)  # noqa: RUF005
 
-    for row in range(program, rows, tl.num_programs(0)):
-        wide_row = tl.cast(row, tl.int64)
-        x_row = x + wide_row * x_stride
-        codes_row = codes + wide_row * codes_stride
-        if SLOTS > 0:
-            taken = tl.load(x_row + outlier_column, mask=place < count, other=0.0)
-        # The row stays in registers, in parts because its length is seldom a power of two.
-        parts = ()
-        largest = tl.zeros((PART,), dtype=tl.float32)
-        for part in tl.static_range(PARTS):
-            column = part * PART + tl.arange(0, PART)
-            values = tl.load(x_row + column, mask=column < columns, other=0.0).to(tl.float32)
-            # Outlier columns become 0, or NaN where they are not finite: that spoils the row.
-            if HOLDS:
-                inner = values * inner_columns[part]
-            else:
-                inner = values * _is_inner(column_slot, column, columns)
-            largest = _larger_or_nan(largest, tl.abs(inner))
-            parts = parts + (inner,)  # noqa: RUF005
-        largest_of_row = tl.reduce(largest, 0, _larger_or_nan)
-
-        finite = largest_of_row < float("inf")
-        row_maximum = tl.where(finite, largest_of_row, 0.0)
-        guarded = tl.maximum(row_maximum, _EPSILON)
-        row_scale = tl.div_rn(guarded, LARGEST_CODE)
-        inverse = tl.where(row_maximum < _EPSILON, 0.0, tl.div_rn(LARGEST_CODE, guarded))
-        tl.store(scale + row, tl.where(finite, row_scale, float("nan")))
-        if MODE == _CHECK:
-            tl.store(counters + _FLAG, 1, mask=(row_maximum > threshold) & learns)
-
-        for part in tl.static_range(PARTS):
-            column = part * PART + tl.arange(0, PART)
-            # The sum's last byte is the product rounded half to even, at most the largest code. The
-            # product must be rounded before: the launch says enable_fp_fusion=False.
-            rounded = (parts[part] * inverse + _ROUNDER).to(tl.int32, bitcast=True)
-            tl.store(codes_row + column, rounded.to(tl.int8), mask=column < columns)
-        if finite == 0:
-            tl.debug_barrier()
-            for part in tl.static_range(PARTS):
-                column = part * PART + tl.arange(0, PART)
-                tl.store(codes_row + column, tl.zeros((PART,), dtype=tl.int8), mask=column < columns)
-
-        if SLOTS > 0:
-            tl.store(outliers + wide_row * slots + place, taken, mask=place < slots)
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _learn(
+    x,
+    codes,
+    scale,
+    outliers,
+    index,
+    column_slot,
+    column_max,  # [C] fp32
+    counters,
+    effective_threshold,
+    count_used,
+    scratch,
+    rows,
+    columns,
+    slots,
+    x_stride,
+    codes_stride,
+    splits,
+    LARGEST_CODE: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    POLICY: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    REPEATS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    if OVERLAPS:
+        await_previous_launch()
+    if tl.load(counters + _FLAG) != 0:
+        grow_state(
+            x, scale, index, column_slot, column_max, counters, effective_threshold, scratch,
+            rows, columns, slots, splits, x_stride, POLICY, TILE_ROWS, TILE_COLUMNS, BLOCK, SLOTS,
+        )  # fmt: skip
+        if REPEATS:
+            await_growth(scratch)
+            quantize_rows(
+                x, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
+                scratch, rows, columns, slots, x_stride, codes_stride,
+                LARGEST_CODE, _SNAPSHOT, PART, PARTS, False, SLOTS,
+            )  # fmt: skip
 
 
 def _warps(rows: int, columns: int) -> int:
@@ -184,14 +155,45 @@ def _launch(
     warps = _warps(rows, columns)
     part = warps * 32 * ELEMENTS_PER_THREAD
     parts = ceil_div(columns, part)
-    resident = PROGRAMS_TO_QUANTIZE_AGAIN if mode == AGAIN else PROGRAMS_PER_MULTIPROCESSOR
-    programs = min(rows, resident * multiprocessors(matrix.device))
-    _quantize_rows[(programs,)](
+    programs = min(rows, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(matrix.device))
+    _quantize[(programs,)](
         matrix, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
         scratch, rows, columns, slots, matrix.stride(0), codes.stride(0),
-        LARGEST_CODE=float(2 ** (bits - 1) - 1), MODE=mode, PART=part, PARTS=parts,
+        LARGEST_CODE=_largest_code(bits), MODE=mode, PART=part, PARTS=parts,
         HOLDS=parts <= PARTS_HELD and rows > programs, SLOTS=power_of_two(slots) if slots else 0,
         num_warps=warps, enable_fp_fusion=False, **overlap(matrix),
+    )  # fmt: skip
+
+
+def _largest_code(bits: int) -> float:
+    return float(2 ** (bits - 1) - 1)
+
+
+def _launch_learning(
+    matrix: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    count_used: Tensor,
+    scratch: Tensor,
+    bits: int,
+    policy: int,
+    repeats: bool,
+) -> None:
+    """One program a multiprocessor, because they wait for each other."""
+    rows, columns = matrix.shape
+    codes, scale, outliers = outputs
+    part = LEARNING_WARPS * 32 * ELEMENTS_PER_THREAD
+    _learn[(1 if interpreting() else multiprocessors(matrix.device),)](
+        matrix, codes, scale, outliers, index, column_slot, column_max, counters, effective_threshold,
+        count_used, scratch, rows, columns, index.shape[0], matrix.stride(0), codes.stride(0),
+        LARGEST_CODE=_largest_code(bits), PART=part, PARTS=ceil_div(columns, part), REPEATS=repeats,
+        num_warps=LEARNING_WARPS, enable_fp_fusion=False,
+        launch_cooperative_grid=not interpreting(),
+        **growth_options(rows, columns, index.shape[0], policy), **overlap(matrix),
     )  # fmt: skip
 
 
@@ -233,7 +235,7 @@ def quantize_online(
     miss: str,
     small_m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Three launches, of which two return at once where no row exceeds the threshold."""
+    """Two launches, of which the second returns at once where no row exceeds the threshold."""
     outputs = _outputs(x, index.shape[0])
     count_used = torch.empty_like(counters[:1])
     matrix = row_matrix(x)
@@ -247,9 +249,10 @@ def quantize_online(
             return *outputs, count_used
         scratch = scratch_for(matrix, index.shape[0])
         first = ALWAYS if miss == "per_call" else CHECK
-        _launch(first, matrix, rows, *state, count_used, scratch, bits)
         policy = {"lazy": KEEP, "per_call": REPLACE}.get(miss, EVICT)
-        grow(matrix, rows[1], index, column_slot, column_max, counters, effective_threshold, scratch, policy)
-        if miss != "lazy":
-            _launch(AGAIN, matrix, rows, *state, count_used, scratch, bits)
+        _launch(first, matrix, rows, *state, count_used, scratch, bits)
+        _launch_learning(
+            matrix, rows, index, column_slot, column_max, counters, effective_threshold, count_used, scratch,
+            bits, policy, repeats=miss != "lazy",
+        )  # fmt: skip
     return *outputs, count_used

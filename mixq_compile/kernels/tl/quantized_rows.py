@@ -1,0 +1,124 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
+"""Row scales, codes and the extracted outlier columns of some rows, in one pass over them."""
+
+from __future__ import annotations
+
+from mixq_compile.kernels.tl.growth import GROWN, TICKET
+from mixq_compile.kernels.tl.toolkit import tl, triton
+from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN
+from mixq_compile.ops.weight_codes import EPSILON
+
+FIXED, SNAPSHOT, CHECK, ALWAYS = range(4)
+"""What happens besides quantizing: nothing; the count is reported; also the flag goes up where a row
+exceeds the threshold; it goes up in any case."""
+
+_EPSILON = tl.constexpr(EPSILON)
+_ROUNDER = tl.constexpr(1.5 * 2.0**23)
+_FIXED, _CHECK, _ALWAYS = (tl.constexpr(mode) for mode in (FIXED, CHECK, ALWAYS))
+_COUNT, _FLAG, _FROZEN = (tl.constexpr(place) for place in (COUNT, FLAG, FROZEN))
+_TICKET, _GROWN = tl.constexpr(TICKET), tl.constexpr(GROWN)
+
+
+@triton.jit
+def _larger_or_nan(left, right):
+    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _is_inner(column_slot, column, columns):
+    """1.0 where a column is no outlier column, else 0.0."""
+    slot = tl.load(column_slot + column, mask=column < columns, other=-1)
+    return tl.where(slot < 0, 1.0, 0.0)
+
+
+@triton.jit
+def quantize_rows(
+    x,  # [M, K]
+    codes,  # [M, K] int8
+    scale,  # [M] fp32
+    outliers,  # [M, C]
+    index,  # [C] int32
+    column_slot,  # [K] int32
+    counters,  # [4] int32, or [1] with only the count
+    effective_threshold,  # [1] fp32
+    count_used,  # [1] int32
+    scratch,  # int32, see growth
+    rows,
+    columns,
+    slots,
+    x_stride,
+    codes_stride,
+    LARGEST_CODE: tl.constexpr,
+    MODE: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    HOLDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Quantizes every row that is this program's turn. Writes all of codes, scale and outliers."""
+    program = tl.program_id(0)
+    count = tl.load(counters + _COUNT)
+    if MODE != _FIXED:
+        tl.store(count_used, count, mask=program == 0)
+    if (MODE == _CHECK) | (MODE == _ALWAYS):
+        learns = tl.load(counters + _FROZEN) == 0
+        tl.store(scratch + _TICKET, 0, mask=program == 0)
+        tl.store(scratch + _GROWN, 0, mask=program == 0)
+    if MODE == _CHECK:
+        threshold = tl.load(effective_threshold)
+    if MODE == _ALWAYS:
+        tl.store(counters + _FLAG, 1, mask=(program == 0) & learns)
+
+    if SLOTS > 0:
+        place = tl.arange(0, SLOTS)
+        outlier_column = tl.load(index + place, mask=(place < count) & (place < slots), other=0)
+    inner_columns = ()
+    if HOLDS:
+        for part in tl.static_range(PARTS):
+            column = part * PART + tl.arange(0, PART)
+            inner_columns = inner_columns + (_is_inner(column_slot, column, columns),)  # noqa: RUF005
+
+    for row in range(program, rows, tl.num_programs(0)):
+        wide_row = tl.cast(row, tl.int64)
+        x_row = x + wide_row * x_stride
+        codes_row = codes + wide_row * codes_stride
+        if SLOTS > 0:
+            taken = tl.load(x_row + outlier_column, mask=place < count, other=0.0)
+        # The row stays in registers, in parts because its length is seldom a power of two.
+        parts = ()
+        largest = tl.zeros((PART,), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            column = part * PART + tl.arange(0, PART)
+            values = tl.load(x_row + column, mask=column < columns, other=0.0).to(tl.float32)
+            # Outlier columns become 0, or NaN where they are not finite: that spoils the row.
+            if HOLDS:
+                inner = values * inner_columns[part]
+            else:
+                inner = values * _is_inner(column_slot, column, columns)
+            largest = _larger_or_nan(largest, tl.abs(inner))
+            parts = parts + (inner,)  # noqa: RUF005
+        largest_of_row = tl.reduce(largest, 0, _larger_or_nan)
+
+        finite = largest_of_row < float("inf")
+        row_maximum = tl.where(finite, largest_of_row, 0.0)
+        guarded = tl.maximum(row_maximum, _EPSILON)
+        row_scale = tl.div_rn(guarded, LARGEST_CODE)
+        inverse = tl.where(row_maximum < _EPSILON, 0.0, tl.div_rn(LARGEST_CODE, guarded))
+        tl.store(scale + row, tl.where(finite, row_scale, float("nan")))
+        if MODE == _CHECK:
+            tl.store(counters + _FLAG, 1, mask=(row_maximum > threshold) & learns)
+
+        for part in tl.static_range(PARTS):
+            column = part * PART + tl.arange(0, PART)
+            # The sum's last byte is the product rounded half to even, at most the largest code. The
+            # product must be rounded before: the launch says enable_fp_fusion=False.
+            rounded = (parts[part] * inverse + _ROUNDER).to(tl.int32, bitcast=True)
+            tl.store(codes_row + column, rounded.to(tl.int8), mask=column < columns)
+        if finite == 0:
+            tl.debug_barrier()
+            for part in tl.static_range(PARTS):
+                column = part * PART + tl.arange(0, PART)
+                tl.store(codes_row + column, tl.zeros((PART,), dtype=tl.int8), mask=column < columns)
+
+        if SLOTS > 0:
+            tl.store(outliers + wide_row * slots + place, taken, mask=place < slots)
