@@ -18,7 +18,7 @@ from mixq_compile.kernels.tl.hopper_schedule import (
     count_pieces,
     handover_flags,
     piece,
-    streamed_tiles,
+    shared_steps,
     tile_place,
 )
 from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP
@@ -75,13 +75,14 @@ class Tile(NamedTuple):
 @gluon.jit
 def _load_tiles(
     codes, weight, outliers, outlier_weight, left_ring, right_ring, ready, empty,
-    row_tiles, column_tiles, steps, outlier_steps, streamed,
-    HAS_SLOTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    BUFFERS: gl.constexpr, GROUP: gl.constexpr,
+    row_tiles, column_tiles, steps, outlier_steps, steps_shared,
+    HAS_SLOTS: gl.constexpr, SHARES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     turn = 0
-    for number in range(0, count_pieces(row_tiles * column_tiles, streamed, steps)):
-        tile, first_step, last_step = piece(number, streamed, steps)
+    tiles = row_tiles * column_tiles
+    for number in range(0, count_pieces(tiles, SHARES)):
+        tile, first_step, last_step = piece(number, tiles, steps, steps_shared, SHARES)
         down, across = tile_place(tile, row_tiles, column_tiles, GROUP)
         for step in range(first_step, last_step):
             place = turn % BUFFERS
@@ -95,7 +96,7 @@ def _load_tiles(
             )
             turn += 1
         if HAS_SLOTS:
-            # The program that begins a tile also ends it.
+            # The owner of a tile, who begins it, also ends it.
             for step in range(0, gl.where(first_step == 0, outlier_steps, 0)):
                 place = turn % BUFFERS
                 mbarrier.wait(empty.index(place), ((turn // BUFFERS) & 1) ^ 1)
@@ -120,8 +121,8 @@ def _load_tiles(
 def _multiply_tiles(
     outliers, outlier_weight, out, scale, weight_scale, bias, partial_sums, handovers,
     left_ring, right_ring, staging, ready, empty,
-    row_tiles, column_tiles, steps, outlier_steps, streamed, rows, features,
-    HAS_SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr, STREAMS: gl.constexpr, BLOCK_M: gl.constexpr,
+    row_tiles, column_tiles, steps, outlier_steps, steps_shared, rows, features,
+    HAS_SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr, SHARES: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr,
     PARTS: gl.constexpr, INSTRUCTION: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -133,18 +134,15 @@ def _multiply_tiles(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, INSTRUCTION, 16]
     )
     turn = 0
-    for number in range(0, count_pieces(row_tiles * column_tiles, streamed, steps)):
-        tile, first_step, last_step = piece(number, streamed, steps)
+    tiles = row_tiles * column_tiles
+    for number in range(0, count_pieces(tiles, SHARES)):
+        tile, first_step, last_step = piece(number, tiles, steps, steps_shared, SHARES)
         down, across = tile_place(tile, row_tiles, column_tiles, GROUP)
         row = down * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, integer_layout))
         feature = across * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, integer_layout))
         row_scale = gl.load(scale + row, mask=row < rows, other=0.0)
         feature_scale = gl.load(weight_scale + feature, mask=feature < features, other=0.0)
         accumulator = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, integer_layout)
-        if STREAMS and (first_step == 0) & (last_step < steps):
-            accumulator = _fetch_sums(
-                partial_sums, handovers, gl.program_id(0) + 1, BLOCK_M, BLOCK_N, integer_layout
-            )
         for step in range(first_step, last_step):
             place = turn % BUFFERS
             mbarrier.wait(ready.index(place), (turn // BUFFERS) & 1)
@@ -156,9 +154,15 @@ def _multiply_tiles(
             turn += 1
         accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
         mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1)
-        if STREAMS and first_step > 0:
-            _leave_sums(partial_sums, handovers, accumulator, BLOCK_M, BLOCK_N, integer_layout)
+        if SHARES and first_step > 0:
+            owner = tile % gl.num_programs(0)
+            _leave_sums(partial_sums, handovers, owner, accumulator, BLOCK_M, BLOCK_N, integer_layout)
         else:
+            if SHARES and last_step < steps:
+                # Not before the loop: ptxas runs the products one by one if they begin with loaded sums.
+                accumulator += _fetch_sums(
+                    partial_sums, handovers, gl.program_id(0), BLOCK_M, BLOCK_N, integer_layout
+                )
             result = accumulator.to(gl.float32)
             result = result * gl.expand_dims(row_scale, 1) * gl.expand_dims(feature_scale, 0)
             result = gl.convert_layout(result, layout)
@@ -192,12 +196,12 @@ def _multiply_tiles(
 
 
 @gluon.jit
-def _sums_of(partial_sums, program, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+def _sums_of(partial_sums, owner, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
     row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
     feature = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
     return (
         partial_sums
-        + program * (BLOCK_M * BLOCK_N)
+        + owner * (BLOCK_M * BLOCK_N)
         + gl.expand_dims(row * BLOCK_N, 1)
         + gl.expand_dims(feature, 0)
     )
@@ -205,26 +209,26 @@ def _sums_of(partial_sums, program, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 
 @gluon.jit
 def _fetch_sums(
-    partial_sums, handovers, program, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr
+    partial_sums, handovers, owner, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr
 ):
-    """Waits for what `program` leaves, takes it, and takes its flag down for the next launch."""
-    while gl.atomic_add(handovers + program, 0, sem="acquire") == 0:
+    """Waits for what a helper leaves, takes it, and takes the flag down for the next launch."""
+    while gl.atomic_add(handovers + owner, 0, sem="acquire") == 0:
         pass
     gl.thread_barrier()
-    sums = gl.load(_sums_of(partial_sums, program, BLOCK_M, BLOCK_N, layout), cache_modifier=".cg")
-    gl.store(handovers + program, 0)
+    sums = gl.load(_sums_of(partial_sums, owner, BLOCK_M, BLOCK_N, layout), cache_modifier=".cg")
+    gl.store(handovers + owner, 0)
     return sums
 
 
 @gluon.jit
 def _leave_sums(
-    partial_sums, handovers, accumulator, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr
-):
-    program = gl.program_id(0)
-    gl.store(_sums_of(partial_sums, program, BLOCK_M, BLOCK_N, layout), accumulator)
+    partial_sums, handovers, owner, accumulator,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    gl.store(_sums_of(partial_sums, owner, BLOCK_M, BLOCK_N, layout), accumulator)
     # All threads must have stored before the flag of one publishes that.
     gl.thread_barrier()
-    gl.atomic_xchg(handovers + program, 1, sem="release")
+    gl.atomic_xchg(handovers + owner, 1, sem="release")
 
 
 @gluon.jit
@@ -235,7 +239,7 @@ def _store_part(out, staging, part, first_row, first_feature):
     tma.async_copy_shared_to_global(out, [first_row, first_feature], staging)
 
 
-@gluon.jit(do_not_specialize=["rows", "streamed"])
+@gluon.jit(do_not_specialize=["rows", "steps_shared"])
 def _specialized_warps(
     codes,  # [M, K] int8
     scale,  # [M] fp32
@@ -246,15 +250,15 @@ def _specialized_warps(
     outlier_weight,  # [N, C]
     bias,  # [N]
     out,  # [M, N], stored in PARTS of a tile
-    partial_sums,  # int32, a tile for each program
-    handovers,  # int32, a flag for each program
+    partial_sums,  # int32, a tile for each owner
+    handovers,  # int32, a flag for each owner
     rows,
     features,
     columns,
-    streamed,
+    steps_shared,
     HAS_SLOTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    STREAMS: gl.constexpr,
+    SHARES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -285,14 +289,14 @@ def _specialized_warps(
             (_multiply_tiles, (
                 outliers, outlier_weight, out, scale, weight_scale, bias, partial_sums, handovers,
                 left_ring, right_ring, staging, ready, empty,
-                row_tiles, column_tiles, steps, outlier_steps, streamed, rows, features,
-                HAS_SLOTS, HAS_BIAS, STREAMS, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP, PARTS, INSTRUCTION,
+                row_tiles, column_tiles, steps, outlier_steps, steps_shared, rows, features,
+                HAS_SLOTS, HAS_BIAS, SHARES, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP, PARTS, INSTRUCTION,
                 num_warps,
             )),
             (_load_tiles, (
                 codes, weight, outliers, outlier_weight, left_ring, right_ring, ready, empty,
-                row_tiles, column_tiles, steps, outlier_steps, streamed,
-                HAS_SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP,
+                row_tiles, column_tiles, steps, outlier_steps, steps_shared,
+                HAS_SLOTS, SHARES, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP,
             )),
         ],
         [1],
@@ -317,7 +321,7 @@ def _parts(tile: Tile) -> int:
 
 
 LARGEST_TILE = Tile(128, 256, 4, 8)
-"""The one that is streamed: others are for calls with less work than the device has room."""
+"""The only one that is shared: the others are for calls with little work."""
 TILES = (
     (64, (Tile(64, 128, 6, 4), Tile(64, 64, 6, 4), Tile(64, 32, 8, 4))),
     (128, (Tile(128, 128, 6, 8), Tile(128, 64, 8, 8))),
@@ -353,13 +357,13 @@ def launch(
     resident = 2 if tile.warps == 4 and 2 * shared_memory(tile) <= SHARED_MEMORY else 1
     programs = min(tiles, resident * multiprocessors(codes.device))
     handovers, partial_sums = None, None
-    streamed = streamed_tiles(tiles, ceil_div(columns, DEPTH), programs) if tile == LARGEST_TILE else 0
-    if streamed:
+    given = shared_steps(tiles, ceil_div(columns, DEPTH), programs) if tile == LARGEST_TILE else 0
+    if given:
         handovers = handover_flags(codes.device)
     if handovers is None:
-        streamed = 0
+        given = 0
     else:
-        sums = programs * tile.rows * tile.features
+        sums = tiles % programs * tile.rows * tile.features
         partial_sums = torch.empty(sums, dtype=torch.int32, device=codes.device)
     left, right = [tile.rows, DEPTH // 2], [tile.features, DEPTH // 2]
     parts = _parts(tile)
@@ -369,8 +373,8 @@ def launch(
         _describe(weight, [tile.features, DEPTH]), weight_scale,
         _describe(outlier_weight, right) if slots else None, bias,
         _describe(out, [tile.rows, tile.features // parts]), partial_sums, handovers,
-        rows, features, columns, streamed,
-        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None, STREAMS=streamed > 0,
+        rows, features, columns, given,
+        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None, SHARES=given > 0,
         BLOCK_M=tile.rows, BLOCK_N=tile.features, BLOCK_K=DEPTH, BUFFERS=tile.buffers,
         GROUP=TILES_PER_GROUP, PARTS=parts,
         INSTRUCTION=min(tile.features, LARGEST_INTEGER_INSTRUCTION), REGISTERS=LOADING_WARP_REGISTERS,

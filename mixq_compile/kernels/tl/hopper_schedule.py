@@ -2,12 +2,12 @@
 """Who computes which part of which output tile in the `hopper` kernel.
 
 Tiles are dealt out in waves of one tile a program. Where the last wave would leave many programs idle,
-the first tiles, one wave and the remainder, are *streamed*: their steps along K are cut into equal
-ranges, one a program, regardless of where tiles end. Every range is at least a tile long, so that a tile
-is shared by two programs at most: the next program begins its range with the end of the tile, and leaves
-its sums in memory; the program that began the tile, with which its own range ends, starts from them. They
-have been there for a while by then, and because they are integers the result does not depend on the cut.
-(Osama et al., Stream-K, PPoPP 2023.)
+its tiles are *shared*: those programs become helpers, and take the last steps along K of each tile off
+its owner. Helpers do that before their tile of the last full wave, owners come to the shared tile after
+theirs, so that the helper's sums have been in memory for a while when the owner starts from them. They are
+integers, so the result does not depend on the cut. All programs but few go through K in step, on tiles
+beside each other, and so read the same rows from the L2 cache: equal ranges regardless of tiles, as in
+Stream-K (Osama et al., PPoPP 2023), share less and were slower.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixq_compile.kernels.tl.toolkit import multiprocessors
+from mixq_compile.kernels.tl.toolkit import ceil_div, multiprocessors
 
 try:
     from triton.experimental import gluon
@@ -25,10 +25,11 @@ except ImportError:
 
     gluon, gl = toolkit.triton, toolkit.tl
 
-STEPS_OF_A_HANDOVER = 8
-"""What storing and fetching partial sums costs, in steps along K: streaming must save more."""
+STEPS_OF_A_HANDOVER = 2
+"""What leaving or fetching sums costs, in steps along K."""
+FEWEST_STEPS_SAVED = 6
 CAPTURED_LAUNCHES = 16384
-"""How many streamed launches can be captured in CUDA graphs; further ones are not streamed."""
+"""How many launches that share tiles can be captured in CUDA graphs; further ones do not share tiles."""
 
 
 @gluon.jit
@@ -41,45 +42,53 @@ def tile_place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def streamed_pieces(streamed, steps):
-    """How many tiles this program's range of the streamed ones touches; 0 where none are streamed."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    begin = program * streamed * steps // programs
-    end = (program + 1) * streamed * steps // programs
-    return gl.cdiv(end, steps) - begin // steps
-
-
-@gluon.jit
-def count_pieces(tiles, streamed, steps):
+def count_pieces(tiles, SHARES: gl.constexpr):
     """How many pieces of work this program has."""
-    whole = gl.cdiv(tiles - streamed - gl.program_id(0), gl.num_programs(0))
-    return streamed_pieces(streamed, steps) + max(whole, 0)
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    pieces = gl.cdiv(tiles - program, programs)
+    if SHARES:
+        shared = tiles % programs
+        if program >= shared:
+            pieces += gl.cdiv(shared - (program - shared), programs - shared)
+    return pieces
 
 
 @gluon.jit
-def piece(number, streamed, steps):
-    """Tile, first step and end of this program's piece of work `number`."""
+def piece(number, tiles, steps, shared_steps, SHARES: gl.constexpr):
+    """Tile, first step and end of this program's piece of work `number`.
+
+    The last `shared_steps` steps of a shared tile are its helper's.
+    """
     program, programs = gl.program_id(0), gl.num_programs(0)
-    begin = program * streamed * steps // programs
-    end = (program + 1) * streamed * steps // programs
-    shared = streamed_pieces(streamed, steps)
-    tile = streamed + program + (number - shared) * programs
+    tile = number * programs + program
     first = 0
     last = steps
-    if number < shared:
-        tile = begin // steps + number
-        first = max(begin - tile * steps, 0)
-        last = min(end - tile * steps, steps)
+    if SHARES:
+        shared = tiles % programs
+        waves = tiles // programs
+        if program < shared:
+            last = gl.where(number == waves, steps - shared_steps, steps)
+        else:
+            helper, helpers = program - shared, programs - shared
+            turn = number - (waves - 1)
+            helps = gl.cdiv(shared - helper, helpers)
+            if (turn >= 0) & (turn < helps):
+                tile = waves * programs + helper + turn * helpers
+                first = steps - shared_steps
+            if turn >= helps:
+                tile = (waves - 1) * programs + program
     return tile, first, last
 
 
-def streamed_tiles(tiles: int, steps: int, programs: int) -> int:
-    """How many tiles to stream over so many programs; 0 where whole tiles leave too few of them idle."""
-    remainder = tiles % programs
-    if tiles <= programs or remainder == 0:
+def shared_steps(tiles: int, steps: int, programs: int) -> int:
+    """How many steps of each tile of the last wave to give to helpers; 0 where that saves too little."""
+    shared = tiles % programs
+    if tiles <= programs or shared == 0:
         return 0
-    saved = (programs - remainder) * steps
-    return programs + remainder if saved > STEPS_OF_A_HANDOVER * programs else 0
+    tiles_of_a_helper = ceil_div(shared, programs - shared)
+    # Owner and helper end at the same time: steps - given = tiles_of_a_helper * (given + handover).
+    given = (steps - tiles_of_a_helper * STEPS_OF_A_HANDOVER) // (tiles_of_a_helper + 1)
+    return given if given >= FEWEST_STEPS_SAVED + STEPS_OF_A_HANDOVER else 0
 
 
 class Handovers:
@@ -91,7 +100,7 @@ class Handovers:
 
     def __init__(self, device: torch.device) -> None:
         self._flags = torch.zeros(
-            CAPTURED_LAUNCHES, multiprocessors(device) + 1, dtype=torch.int32, device=device
+            CAPTURED_LAUNCHES, multiprocessors(device), dtype=torch.int32, device=device
         )
         self._row_of_stream: dict[int, int] = {}
         self._taken = 0

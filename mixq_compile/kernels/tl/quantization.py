@@ -41,7 +41,7 @@ from mixq_compile.ops.weight_codes import aligned_empty
 
 ELEMENTS_PER_THREAD = 8
 """Contiguous columns of a thread: 16 bytes of a 16-bit activation."""
-PROGRAMS_PER_MULTIPROCESSOR = 16
+WARPS_PER_MULTIPROCESSOR = 32
 FEW_ROWS = 512
 """Up to so many rows, more warps share each."""
 PARTS_HELD = 6
@@ -131,10 +131,12 @@ def _learn(
 
 
 def _warps(rows: int, columns: int) -> int:
-    """Warps that share a row: a thread holds 8 to 64 of its elements up to 32768 columns."""
-    parts = 1 if rows <= FEW_ROWS else 4
-    wanted = columns // (parts * 32 * ELEMENTS_PER_THREAD)
-    return min(16, power_of_two(wanted + 1, at_least=2) // 2)
+    """Warps that share a row: beyond few rows, no more than are needed to hold its outlier columns."""
+    warps = power_of_two(columns // (32 * ELEMENTS_PER_THREAD) + 1, at_least=2) // 2
+    if rows <= FEW_ROWS:
+        return min(16, warps)
+    few = 8 * 32 * ELEMENTS_PER_THREAD * PARTS_HELD
+    return min(8 if columns <= few else 16, max(1, warps // 2))
 
 
 def _launch(
@@ -155,7 +157,7 @@ def _launch(
     warps = _warps(rows, columns)
     part = warps * 32 * ELEMENTS_PER_THREAD
     parts = ceil_div(columns, part)
-    programs = min(rows, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(matrix.device))
+    programs = min(rows, WARPS_PER_MULTIPROCESSOR // warps * multiprocessors(matrix.device))
     _quantize[(programs,)](
         matrix, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
         scratch, rows, columns, slots, matrix.stride(0), codes.stride(0),
