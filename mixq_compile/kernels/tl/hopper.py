@@ -156,12 +156,12 @@ def _multiply_tiles(
         mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1)
         if SHARES and first_step > 0:
             owner = tile % gl.num_programs(0)
-            _leave_sums(partial_sums, handovers, owner, accumulator, BLOCK_M, BLOCK_N, integer_layout)
+            _leave_sums(partial_sums, handovers, owner, accumulator, BLOCK_M, BLOCK_N)
         else:
             if SHARES and last_step < steps:
-                # Not before the loop: ptxas runs the products one by one if they begin with loaded sums.
-                accumulator += _fetch_sums(
-                    partial_sums, handovers, gl.program_id(0), BLOCK_M, BLOCK_N, integer_layout
+                # Not before the loop: where products begin with loaded sums, ptxas runs them one by one.
+                accumulator = _add_left_sums(
+                    partial_sums, handovers, gl.program_id(0), accumulator, BLOCK_M, BLOCK_N
                 )
             result = accumulator.to(gl.float32)
             result = result * gl.expand_dims(row_scale, 1) * gl.expand_dims(feature_scale, 0)
@@ -196,36 +196,49 @@ def _multiply_tiles(
 
 
 @gluon.jit
-def _sums_of(partial_sums, owner, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-    feature = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+def _by_thread(sums, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """A matrix of accumulators as `[threads, values of a thread]`: its layout says so, nothing moves."""
+    split = gl.reshape(sums, [BLOCK_M // 16, 2, 8, BLOCK_N // 8, 4, 2])
+    return gl.reshape(gl.permute(split, [0, 2, 4, 3, 1, 5]), [BLOCK_M * 2, BLOCK_N // 2])
+
+
+@gluon.jit
+def _of_matrix(sums, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The inverse of `_by_thread`."""
+    split = gl.reshape(sums, [BLOCK_M // 16, 8, 4, BLOCK_N // 8, 2, 2])
+    return gl.reshape(gl.permute(split, [0, 4, 1, 3, 2, 5]), [BLOCK_M, BLOCK_N])
+
+
+@gluon.jit
+def _places(partial_sums, owner, layout: gl.constexpr, THREADS: gl.constexpr, VALUES: gl.constexpr):
+    """Four values of a thread beside the next thread's four, so that a warp's accesses are contiguous."""
+    thread = gl.arange(0, THREADS, gl.SliceLayout(1, layout))
+    value = gl.arange(0, VALUES, gl.SliceLayout(0, layout))
+    place = (value // 4) * (4 * THREADS) + value % 4
     return (
-        partial_sums
-        + owner * (BLOCK_M * BLOCK_N)
-        + gl.expand_dims(row * BLOCK_N, 1)
-        + gl.expand_dims(feature, 0)
+        partial_sums + owner * (THREADS * VALUES) + gl.expand_dims(thread * 4, 1) + gl.expand_dims(place, 0)
     )
 
 
 @gluon.jit
-def _fetch_sums(
-    partial_sums, handovers, owner, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr
-):
-    """Waits for what a helper leaves, takes it, and takes the flag down for the next launch."""
+def _add_left_sums(partial_sums, handovers, owner, accumulator, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Waits for what a helper leaves, adds it, and takes the flag down for the next launch."""
     while gl.atomic_add(handovers + owner, 0, sem="acquire") == 0:
         pass
     gl.thread_barrier()
-    sums = gl.load(_sums_of(partial_sums, owner, BLOCK_M, BLOCK_N, layout), cache_modifier=".cg")
+    values = _by_thread(accumulator, BLOCK_M, BLOCK_N)
+    layout: gl.constexpr = values.type.layout
+    places = _places(partial_sums, owner, layout, BLOCK_M * 2, BLOCK_N // 2)
+    values += gl.load(places, cache_modifier=".cg")
     gl.store(handovers + owner, 0)
-    return sums
+    return gl.convert_layout(_of_matrix(values, BLOCK_M, BLOCK_N), accumulator.type.layout)
 
 
 @gluon.jit
-def _leave_sums(
-    partial_sums, handovers, owner, accumulator,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    gl.store(_sums_of(partial_sums, owner, BLOCK_M, BLOCK_N, layout), accumulator)
+def _leave_sums(partial_sums, handovers, owner, accumulator, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    values = _by_thread(accumulator, BLOCK_M, BLOCK_N)
+    layout: gl.constexpr = values.type.layout
+    gl.store(_places(partial_sums, owner, layout, BLOCK_M * 2, BLOCK_N // 2), values)
     # All threads must have stored before the flag of one publishes that.
     gl.thread_barrier()
     gl.atomic_xchg(handovers + owner, 1, sem="release")

@@ -5,9 +5,9 @@ Tiles are dealt out in waves of one tile a program. Where the last wave would le
 its tiles are *shared*: those programs become helpers, and take the last steps along K of each tile off
 its owner. Helpers do that before their tile of the last full wave, owners come to the shared tile after
 theirs, so that the helper's sums have been in memory for a while when the owner starts from them. They are
-integers, so the result does not depend on the cut. All programs but few go through K in step, on tiles
-beside each other, and so read the same rows from the L2 cache: equal ranges regardless of tiles, as in
-Stream-K (Osama et al., PPoPP 2023), share less and were slower.
+integers, so the result does not depend on the cut. This is Stream-K (Osama et al., PPoPP 2023) with ranges
+that begin and end where tiles do: all programs but few go through K in step, on tiles beside each other,
+and so read the same rows from the L2 cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ except ImportError:
 
 STEPS_OF_A_HANDOVER = 2
 """What leaving or fetching sums costs, in steps along K."""
-FEWEST_STEPS_SAVED = 6
+FEWEST_STEPS_GIVEN = 8
+MOST_TILES_OF_A_HELPER = 4
 CAPTURED_LAUNCHES = 16384
 """How many launches that share tiles can be captured in CUDA graphs; further ones do not share tiles."""
 
@@ -88,7 +89,8 @@ def shared_steps(tiles: int, steps: int, programs: int) -> int:
     tiles_of_a_helper = ceil_div(shared, programs - shared)
     # Owner and helper end at the same time: steps - given = tiles_of_a_helper * (given + handover).
     given = (steps - tiles_of_a_helper * STEPS_OF_A_HANDOVER) // (tiles_of_a_helper + 1)
-    return given if given >= FEWEST_STEPS_SAVED + STEPS_OF_A_HANDOVER else 0
+    worth_it = given >= FEWEST_STEPS_GIVEN and tiles_of_a_helper <= MOST_TILES_OF_A_HELPER
+    return given if worth_it else 0
 
 
 class Handovers:
