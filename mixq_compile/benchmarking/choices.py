@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mixq_compile.errors import OptionError, unknown_name
+
+Announce = Callable[[int, int, str], None]
+"""Told how many cases are done, of how many, and which one begins."""
 
 GEMM, WHOLE, QUANTIZE, ERRORS = "gemm", "whole", "quantize", "errors"
 PARTS = (GEMM, WHOLE, QUANTIZE, ERRORS)
@@ -60,3 +63,9 @@ def parse_names(text: str, kind: str, valid: Sequence[str]) -> tuple[str, ...]:
         if name not in valid:
             raise unknown_name(kind, name, (*valid, "all", "none"))
     return names
+
+
+def check_replays(replays: int) -> None:
+    """Raises OptionError for fewer timed runs than percentiles need."""
+    if replays < 2:
+        raise OptionError(f"replays must be at least 2, for percentiles, not {replays}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from mixq_compile.benchmarking.choices import (
     PRODUCT_PEERS,
     WHOLE,
     WHOLE_PEERS,
+    Announce,
     label,
     not_asked_for,
 )
@@ -41,9 +42,6 @@ from mixq_compile.benchmarking.timing import Timing, measure_floor
 
 MANY_ROWS = 1024
 """Geometric means are taken over this many rows and more."""
-
-Announce = Callable[[int, int, str], None]
-"""Told how many cases are done, of how many, and which one begins."""
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from mixq_compile.benchmarking.choices import (
     QUANTIZE,
     WHOLE,
     WHOLE_PEERS,
+    check_replays,
 )
 from mixq_compile.benchmarking.packed_linear import PackedLinear, default_capacity
 from mixq_compile.benchmarking.planted import planted_activation, planted_columns, random_weight
@@ -57,8 +58,7 @@ class KernelOptions:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise OptionError(f"weight codes have 4 or 8 bits, not {self.bits}.")
-        if self.replays < 2:
-            raise OptionError(f"replays must be at least 2, for percentiles, not {self.replays}.")
+        check_replays(self.replays)
         for shape in self.shapes:
             slots = default_capacity(shape.in_features)
             if self.outliers is not None and not 0 < self.outliers <= slots:

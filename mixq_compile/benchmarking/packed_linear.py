@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import declarations as ops
-from mixq_compile.ops.outlier_state import OutlierState
+from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.providers import KernelQuery, small_batch_limit
 from mixq_compile.ops.weight_codes import EPSILON, dequantize_weight, quantize_weight
 from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, TensorFormat
@@ -53,6 +54,20 @@ class PackedLinear:
             small_m=small_batch_limit(query, kernel),
             kernel=kernel,
         )
+
+    def with_own_state(self) -> PackedLinear:
+        """A copy that shares the weight, and learns on its own."""
+        buffers = {name: getattr(self.state, name).clone() for name in STATE_FIELDS}
+        return dataclasses.replace(
+            self,
+            state=OutlierState(**buffers, threshold=self.state.threshold),
+            cached_index=self.cached_index.clone(),
+            outlier_weight=self.outlier_weight.clone(),
+        )
+
+    def always_mixed(self) -> PackedLinear:
+        """The same without the weight-only path, at any number of rows."""
+        return dataclasses.replace(self, small_m=0)
 
     def know(self, columns: Sequence[int]) -> None:
         """Sets the state to these outlier columns, with their weights from the original."""

@@ -47,7 +47,7 @@ class Plot:
     title: str
     unit: str
     groups: tuple[str, ...]
-    series: dict[str, tuple[float | None, ...]]
+    series: Mapping[str, Sequence[float | None]]
     line_at: float | None = None
     """A level to mark, such as a speed-up of 1."""
 

@@ -38,6 +38,8 @@ class Call:
     run: Callable[[], object]
     prepare: Callable[[], object] = nothing
     """Called before each run, outside the time: brings back what a run changes."""
+    begin: Callable[[], object] = nothing
+    """Called once, after warming up."""
     graphed: bool = True
     """On a GPU, replayed as a CUDA graph; False for calls that wait for the device."""
     optional: bool = False
@@ -88,6 +90,8 @@ def sample(
             if not call.optional:
                 raise
             missing[name] = first_line(error)
+    for name in prepared:
+        calls[name].begin()
     timed = _timed_on_gpu(calls, prepared, replays) if device.type == "cuda" else _timed_on_cpu(
         calls, prepared, replays)  # fmt: skip
     return timed, missing

@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 
 from mixq_compile.benchmarking.choices import DEFAULT_PEERS, PARTS, PEERS, parse_names, parse_numbers
-from mixq_compile.benchmarking.shapes import KERNEL_ROWS, KERNEL_SHAPES, parse_shape
+from mixq_compile.benchmarking.shapes import (
+    KERNEL_ROWS,
+    KERNEL_SHAPES,
+    LAYOUT_ROWS,
+    LAYOUT_SHAPES,
+    parse_shape,
+)
 from mixq_compile.cli.benchmark_options import Bits, Commit, Kernel, Output, Peers, Replays, Rows, Shapes
 from mixq_compile.cli.options import Device, Json, valid
 
@@ -67,5 +73,68 @@ def kernels(
     run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
 
 
-BENCHMARKS: dict[str, Callable[..., None]] = {"kernels": kernels}
+def breakdown(
+    shape: Shapes = None,
+    rows: Rows = None,
+    replays: Replays = 21,
+    device: Device = "auto",
+    kernel: Kernel = "auto",
+    output: Output = None,
+    commit: Commit = "",
+    json: Json = False,
+) -> None:
+    """Measure what each fusion brings, and what learning new outlier columns costs.
+
+    Stages of one linear: outliers detected first while the host waits; quantized ahead of detection by
+    separate kernels; quantization in one kernel; product and dequantization in one kernel. Then the
+    policies, and calls of which 0, 1, 5, 20 and 100 % meet a new outlier column.
+
+    Example: [bold]mixq bench breakdown --shape 11008,4096 --rows 1024,4096[/bold]
+    """
+    from mixq_compile.benchmarking import breakdown as benchmark
+    from mixq_compile.cli.benchmark_running import run
+
+    options = benchmark.BreakdownOptions(
+        shapes=tuple(parse_shape(text) for text in shape) if shape else LAYOUT_SHAPES,
+        rows=parse_numbers(rows) if rows else LAYOUT_ROWS,
+        replays=replays,
+        kernel=kernel,
+    )
+    run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
+
+
+def structure(
+    shape: Shapes = None,
+    rows: Rows = None,
+    replays: Replays = 21,
+    device: Device = "auto",
+    kernel: Kernel = "auto",
+    output: Output = None,
+    commit: Commit = "",
+    json: Json = False,
+) -> None:
+    """Measure two layouts: outlier columns kept in their places (ours), or moved out of the matrices.
+
+    Both run the same kernels. The permuted one gathers the activation's columns first and has a narrower
+    integer product; then what a new outlier column costs each.
+
+    Example: [bold]mixq bench structure --shape 4096,11008 --rows 1024[/bold]
+    """
+    from mixq_compile.benchmarking import structure as benchmark
+    from mixq_compile.cli.benchmark_running import run
+
+    options = benchmark.StructureOptions(
+        shapes=tuple(parse_shape(text) for text in shape) if shape else LAYOUT_SHAPES,
+        rows=parse_numbers(rows) if rows else LAYOUT_ROWS,
+        replays=replays,
+        kernel=kernel,
+    )
+    run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
+
+
+BENCHMARKS: dict[str, Callable[..., None]] = {
+    "kernels": kernels,
+    "breakdown": breakdown,
+    "structure": structure,
+}
 """Every benchmark under its name."""

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixq_compile.benchmarking.choices import Announce
 from mixq_compile.cli.models import resolve_device
 from mixq_compile.cli.output import console, print_json
 
 if TYPE_CHECKING:
     from mixq_compile.benchmarking.results import Document
-
-Announce = Callable[[int, int, str], None]
 
 
 def run(
