@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mixq_compile.errors import OptionError, unknown_name
+from mixq_compile.scheme import scheme_names
 
 Announce = Callable[[int, int, str], None]
 """Told how many cases are done, of how many, and which one begins."""
@@ -12,6 +13,9 @@ Announce = Callable[[int, int, str], None]
 GEMM, WHOLE, QUANTIZE, ERRORS = "gemm", "whole", "quantize", "errors"
 PARTS = (GEMM, WHOLE, QUANTIZE, ERRORS)
 """Parts of `mixq bench kernels`."""
+PREFILL, DECODE, SINGLE = "prefill", "decode", "single"
+KINDS = (PREFILL, DECODE, SINGLE)
+"""Workloads of `mixq bench model`."""
 
 INT_MM, FP8, FP8_DYNAMIC = "int_mm", "fp8", "fp8-dynamic"
 INDUCTOR, TORCHAO_INT8, TORCHAO_FP8, LLM_INT8 = "inductor", "torchao-int8", "torchao-fp8", "llm-int8"
@@ -19,6 +23,8 @@ PRODUCT_PEERS = (INT_MM, FP8)
 """Peers of the product alone: their operands are quantized before."""
 WHOLE_PEERS = (FP8_DYNAMIC, INDUCTOR, TORCHAO_INT8, TORCHAO_FP8, LLM_INT8)
 """Peers of the whole linear, quantization included."""
+MODEL_PEERS = (TORCHAO_INT8, TORCHAO_FP8, LLM_INT8)
+"""Peers of layers and models."""
 PEERS = (*PRODUCT_PEERS, *WHOLE_PEERS)
 ON_REQUEST = (INDUCTOR, TORCHAO_INT8, TORCHAO_FP8, LLM_INT8)
 DEFAULT_PEERS = tuple(name for name in PEERS if name not in ON_REQUEST)
@@ -51,6 +57,14 @@ def parse_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def parse_batch(text: str) -> tuple[int, int]:
+    """Sequences and tokens of each of a text such as `8x2048`. Raises OptionError for anything else."""
+    parts = text.replace("×", "x").split("x")
+    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise OptionError(f"sequences x tokens, for example 8x2048, not {text!r}.")
+    return int(parts[0]), int(parts[1])
+
+
 def parse_names(text: str, kind: str, valid: Sequence[str]) -> tuple[str, ...]:
     """The names of a text such as `a,b`; `all` and `none` are understood.
 
@@ -63,6 +77,11 @@ def parse_names(text: str, kind: str, valid: Sequence[str]) -> tuple[str, ...]:
         if name not in valid:
             raise unknown_name(kind, name, (*valid, "all", "none"))
     return names
+
+
+def parse_schemes(text: str) -> tuple[str, ...]:
+    """The schemes of a text such as `w8a8o16,w4a8o16`. Raises OptionError that lists the valid names."""
+    return parse_names(text, "scheme", scheme_names())
 
 
 def check_replays(replays: int) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Document:
     """Baselines that did not run everywhere, and why."""
     tables: tuple[Table, ...]
     plots: tuple[Plot, ...]
+    facts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """More for the JSON: dataclasses under names."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything measured; tables and plots follow from it."""
@@ -74,6 +76,7 @@ class Document:
             "options": dataclasses.asdict(self.options),
             "summary": self.summary,
             "missing": self.missing,
+            **{name: [dataclasses.asdict(fact) for fact in facts] for name, facts in self.facts.items()},
             "cases": [dataclasses.asdict(case) for case in self.cases],
         }
 

@@ -109,6 +109,7 @@ KERNEL_SHAPES = (
 """Linears of Llama-2-7B and 70B, q/k/v merged."""
 LAYOUT_SHAPES = KERNEL_SHAPES[:3]
 """Those that the structural comparisons run."""
+LAYER_ROWS = (1, 16, 256, 1024, 4096)
 LAYOUT_ROWS = (256, 1024, 4096)
 KERNEL_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mixq_compile.benchmarking.choices import PEERS, parse_names, parse_numbers
-from mixq_compile.benchmarking.shapes import parse_shape
+from mixq_compile.benchmarking.choices import MODEL_PEERS, PEERS, parse_names, parse_numbers, parse_schemes
+from mixq_compile.benchmarking.shapes import MODELS, find_model, parse_shape
 from mixq_compile.cli.options import valid
 from mixq_compile.scheme import TensorFormat
 
@@ -64,4 +64,19 @@ Output = Annotated[
 ]
 Commit = Annotated[
     str, typer.Option(help="Commit to record where the tree travels without git.", show_default=False)
+]
+ModelName = Annotated[
+    str,
+    typer.Option(callback=valid(find_model), help=f"The configuration: {', '.join(MODELS)}."),
+]
+Schemes = Annotated[str, typer.Option(callback=valid(parse_schemes), help="Schemes, with commas between.")]
+ModelPeers = Annotated[
+    str,
+    typer.Option(
+        callback=valid(lambda text: parse_names(text, "peer", MODEL_PEERS)),
+        help=f"Baselines beside 16 bit, with commas between: {', '.join(MODEL_PEERS)}; or all, none.",
+    ),
+]
+Autotune = Annotated[
+    bool, typer.Option("--autotune", help="Compile with max-autotune: minutes for each number of rows.")
 ]
