@@ -144,6 +144,9 @@ def _timed_on_gpu(
     for counts, name in _turns(list(prepared), replays):
         calls[name].prepare()
         flush.zero_()
+        if not calls[name].graphed:
+            # Else its launches would wait in the queue behind others, and their own time would not show.
+            torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         prepared[name]()

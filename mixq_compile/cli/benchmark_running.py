@@ -28,8 +28,9 @@ def run(
     import torch
 
     target = resolve_device(device)
-    if target.index is not None:
-        torch.cuda.set_device(target)
+    if target.type == "cuda":
+        torch.cuda.set_device(target.index or 0)
+        target = torch.device("cuda", torch.cuda.current_device())
     with progress() as announce:
         document = benchmark(options, target, announce, commit)
     if output is not None:
