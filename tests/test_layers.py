@@ -33,7 +33,8 @@ _layer("calibration evaluation area", "scheme ir")
 _layer("inspection", "pipeline")
 _layer("runtime", "passes calibration")
 _layer("__init__", "runtime calibration")
-_layer("cli", "__init__ kernels schemes evaluation inspection area")
+_layer("benchmarking", "__init__ kernels schemes evaluation")
+_layer("cli", "__init__ kernels schemes evaluation inspection area benchmarking")
 
 VERSION = "mixq_compile"
 """`from mixq_compile import __version__` reads a constant; any other name there is the public API."""

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mixq_compile import __version__
+from mixq_compile.cli.bench import BENCHMARKS, SUMMARY
 from mixq_compile.cli.calibrate import calibrate
 from mixq_compile.cli.demo import demo
 from mixq_compile.cli.doctor import doctor
@@ -28,13 +29,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pipelines": pipelines,
 }
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+
+def _new_app() -> typer.Typer:
+    return typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+app, bench_app = _new_app(), _new_app()
 
 
 def _print_version(wanted: bool) -> None:
@@ -50,8 +56,8 @@ def _root(
 ) -> None:
     """Runs transformers with 8- and 4-bit linears, and outlier columns in 16 bit.
 
-    In Python: [bold]torch.compile(model, backend="mixq")[/bold]. Here: see what that gains (demo), what
-    it costs in accuracy (eval), and write quantized checkpoints (quantize).
+    In Python: [bold]torch.compile(model, backend="mixq")[/bold]. Here: see what that gains (demo, bench),
+    what it costs in accuracy (eval), and write quantized checkpoints (quantize).
 
     MODEL, in every command, is a Hugging Face directory or hub name, a directory that
     [bold]mixq quantize[/bold] wrote, or [bold]module:function[/bold], a Python function that returns a
@@ -63,12 +69,17 @@ def _root(
     """
 
 
-def _help(function: Callable[..., None]) -> str:
-    """A function's documentation without the line ends inside its paragraphs, which typer would keep."""
-    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+def _help(documentation: str | None) -> str:
+    """A documentation string without the line ends inside its paragraphs, which typer would keep."""
+    paragraphs = inspect.cleandoc(documentation or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-app.callback(help=_help(_root))(_root)
+app.callback(help=_help(_root.__doc__))(_root)
 for _name, _function in COMMANDS.items():
-    app.command(_name, help=_help(_function))(command(_function))
+    app.command(_name, help=_help(_function.__doc__))(command(_function))
+for _name, _function in BENCHMARKS.items():
+    bench_app.command(_name, help=_help(_function.__doc__))(command(_function))
+# Without a callback of its own, typer would take a group of one command for that command.
+bench_app.callback(help=_help(SUMMARY))(lambda: None)
+app.add_typer(bench_app, name="bench")

@@ -106,3 +106,8 @@ def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
     """Changes when a tensor was written in place or given other storage."""
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version
+
+
+def mark_dynamic(tensor: torch.Tensor, dimension: int) -> None:
+    """Lets one compilation serve every size (from 2 up) of a dimension, where others stay fixed."""
+    torch._dynamo.mark_dynamic(tensor, dimension)

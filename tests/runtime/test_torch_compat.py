@@ -178,3 +178,21 @@ def test_a_fake_parameter_keeps_the_mark_of_a_fixed_address() -> None:
     fake = torch_compat.fake_parameter(captured.fake_mode, model.weight)
     assert fake.shape == model.weight.shape
     assert fake._dynamo_static_input_type == mark
+
+
+def test_one_compilation_serves_every_size_of_a_dynamic_dimension() -> None:
+    compiled = 0
+
+    def count(module: GraphModule, _: Sequence[Any]) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return module
+
+    torch.compiler.reset()
+    doubled = torch.compile(lambda x: x * 2, backend=count, dynamic=False)
+    for number in (2, 7, 1000):
+        x = torch.ones(number, 5)
+        torch_compat.mark_dynamic(x, 0)
+        assert doubled(x).shape == x.shape
+    assert compiled == 1
+    torch.compiler.reset()

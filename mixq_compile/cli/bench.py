@@ -1,0 +1,267 @@
+"""`mixq bench`: benchmarks, each with its baselines in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from mixq_compile.benchmarking.choices import (
+    DEFAULT_PEERS,
+    FP8_DYNAMIC,
+    KINDS,
+    MODEL_PEERS,
+    PARTS,
+    PEERS,
+    parse_batch,
+    parse_names,
+    parse_numbers,
+    parse_schemes,
+)
+from mixq_compile.benchmarking.shapes import (
+    KERNEL_ROWS,
+    KERNEL_SHAPES,
+    LAYER_ROWS,
+    LAYOUT_ROWS,
+    LAYOUT_SHAPES,
+    parse_shape,
+)
+from mixq_compile.cli.benchmark_options import (
+    Autotune,
+    Bits,
+    Commit,
+    Kernel,
+    ModelName,
+    ModelPeers,
+    Output,
+    Peers,
+    Replays,
+    Rows,
+    Schemes,
+    Shapes,
+)
+from mixq_compile.cli.options import Device, Json, Lowering, valid
+
+PEERS_BY_DEFAULT = ",".join(DEFAULT_PEERS)
+SUMMARY = """Measure kernels, layers and whole models beside their baselines, in one run each.
+
+On a GPU every call is a CUDA graph replayed with the L2 cache flushed, calls take turns, and a time is a
+median of device events with its tenth and ninetieth percentiles. On a CPU only ratios mean anything.
+Results go to stdout as Markdown or JSON, or with --output to a folder as both, and as plots.
+
+Begin with: [bold]mixq bench kernels --shape 11008,4096 --rows 16,1024[/bold]
+"""
+
+
+def kernels(
+    shape: Shapes = None,
+    rows: Rows = None,
+    bits: Bits = 8,
+    only: Annotated[
+        str,
+        typer.Option(
+            callback=valid(lambda text: parse_names(text, "part", PARTS)),
+            help=f"Parts to measure, with commas between: {', '.join(PARTS)}.",
+        ),
+    ] = "all",
+    peers: Peers = PEERS_BY_DEFAULT,
+    replays: Replays = 21,
+    device: Device = "auto",
+    kernel: Kernel = "auto",
+    output: Output = None,
+    commit: Commit = "",
+    json: Json = False,
+) -> None:
+    """Measure one quantized linear: the product alone, the whole operator, the quantization, errors.
+
+    The product (gemm) has its operands quantized before and 128 outlier columns in 16 bit; the whole adds
+    quantization, the check for new outlier columns and the outlier weights. Errors are against float64,
+    beside those of the scheme's float64 simulation. Without options: eight linears of Llama-2-7B and 70B
+    at 13 numbers of rows.
+
+    Example: [bold]mixq bench kernels --shape 11008,4096 --rows 16,1024,4096 --output results[/bold]
+    """
+    from mixq_compile.benchmarking import kernels as benchmark
+    from mixq_compile.benchmarking.linear_bench import KernelOptions
+    from mixq_compile.cli.benchmark_running import run
+
+    options = KernelOptions(
+        shapes=tuple(parse_shape(text) for text in shape) if shape else KERNEL_SHAPES,
+        rows=parse_numbers(rows) if rows else KERNEL_ROWS,
+        bits=bits,
+        parts=parse_names(only, "part", PARTS),
+        peers=parse_names(peers, "peer", PEERS),
+        replays=replays,
+        kernel=kernel,
+    )
+    run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
+
+
+def breakdown(
+    shape: Shapes = None,
+    rows: Rows = None,
+    replays: Replays = 21,
+    device: Device = "auto",
+    kernel: Kernel = "auto",
+    output: Output = None,
+    commit: Commit = "",
+    json: Json = False,
+) -> None:
+    """Measure what each fusion brings, and what learning new outlier columns costs.
+
+    Stages of one linear: outliers detected first while the host waits; quantized ahead of detection by
+    separate kernels; quantization in one kernel; product and dequantization in one kernel. Then the
+    policies, and calls of which 0, 1, 5, 20 and 100 % meet a new outlier column.
+
+    Example: [bold]mixq bench breakdown --shape 11008,4096 --rows 1024,4096[/bold]
+    """
+    from mixq_compile.benchmarking import breakdown as benchmark
+    from mixq_compile.cli.benchmark_running import run
+
+    options = benchmark.BreakdownOptions(
+        shapes=tuple(parse_shape(text) for text in shape) if shape else LAYOUT_SHAPES,
+        rows=parse_numbers(rows) if rows else LAYOUT_ROWS,
+        replays=replays,
+        kernel=kernel,
+    )
+    run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
+
+
+def structure(
+    shape: Shapes = None,
+    rows: Rows = None,
+    replays: Replays = 21,
+    device: Device = "auto",
+    kernel: Kernel = "auto",
+    output: Output = None,
+    commit: Commit = "",
+    json: Json = False,
+) -> None:
+    """Measure two layouts: outlier columns kept in their places (ours), or moved out of the matrices.
+
+    Both run the same kernels. The permuted one gathers the activation's columns first and has a narrower
+    integer product; then what a new outlier column costs each.
+
+    Example: [bold]mixq bench structure --shape 4096,11008 --rows 1024[/bold]
+    """
+    from mixq_compile.benchmarking import structure as benchmark
+    from mixq_compile.cli.benchmark_running import run
+
+    options = benchmark.StructureOptions(
+        shapes=tuple(parse_shape(text) for text in shape) if shape else LAYOUT_SHAPES,
+        rows=parse_numbers(rows) if rows else LAYOUT_ROWS,
+        replays=replays,
+        kernel=kernel,
+    )
+    run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
+
+
+def layers(
+    model: ModelName = "llama-2-7b",
+    rows: Rows = None,
+    schemes: Schemes = "w8a8o16",
+    peers: Peers = FP8_DYNAMIC,
+    autotune: Autotune = False,
+    replays: Replays = 21,
+    device: Device = "auto",
+    kernel: Kernel = "auto",
+    output: Output = None,
+    commit: Commit = "",
+    json: Json = False,
+    lowering: Lowering = "inductor",
+) -> None:
+    """Measure one decoder layer: each of its linears alone, and the whole layer compiled.
+
+    The layer has random weights and planted outlier channels. 16 bit is compiled by Inductor, the schemes
+    by the mixq backend, and both are replayed as CUDA graphs on a GPU; eager times stand beside them.
+
+    Example: [bold]mixq bench layers --model llama-3-8b --rows 1,1024,4096[/bold]
+    """
+    from mixq_compile.benchmarking import layers as benchmark
+    from mixq_compile.cli.benchmark_running import run
+
+    options = benchmark.LayerOptions(
+        model=model,
+        rows=parse_numbers(rows) if rows else LAYER_ROWS,
+        schemes=parse_schemes(schemes),
+        peers=parse_names(peers, "peer", PEERS),
+        autotune=autotune,
+        replays=replays,
+        kernel=kernel,
+        lowering=lowering,
+    )
+    run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
+
+
+def model(
+    model: ModelName = "llama-2-7b",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model that are built.")] = 8,
+    only: Annotated[
+        str,
+        typer.Option(
+            callback=valid(lambda text: parse_names(text, "workload", KINDS)),
+            help=f"Workloads, with commas between: {', '.join(KINDS)}.",
+        ),
+    ] = "all",
+    batches: Annotated[
+        str, typer.Option(callback=valid(parse_numbers), help="Batches of decoding, with commas between.")
+    ] = "1,32,256",
+    contexts: Annotated[
+        str, typer.Option(callback=valid(parse_numbers), help="Tokens in the cache while decoding.")
+    ] = "128,1024,4096",
+    prefill: Annotated[
+        str, typer.Option(callback=valid(parse_batch), help="Sequences x tokens of the prefill.")
+    ] = "8x2048",
+    single: Annotated[
+        str, typer.Option(callback=valid(parse_numbers), help="Batches of one token without a cache.")
+    ] = "32,128,512",
+    schemes: Schemes = "w8a8o16",
+    peers: ModelPeers = "none",
+    autotune: Autotune = False,
+    eager: Annotated[bool, typer.Option(help="Time the uncompiled models too.")] = True,
+    replays: Replays = 15,
+    device: Device = "auto",
+    output: Output = None,
+    commit: Commit = "",
+    json: Json = False,
+    lowering: Lowering = "inductor",
+) -> None:
+    """Measure a model by configuration: prefill, decode with a cache, one token without a cache; memory.
+
+    Weights are random, with planted outlier channels; a few layers are enough, since all are alike. 16 bit
+    is compiled by Inductor, the schemes are swapped in (their 16-bit weights are freed) and compiled by the
+    mixq backend. 4-bit schemes are calibrated on random tokens. Every workload compiles each variant anew,
+    and tells how long the first call took.
+
+    Example: [bold]mixq bench model --only decode --contexts 1024 --schemes w8a8o16,w4a8o16[/bold]
+    """
+    from mixq_compile.benchmarking import models as benchmark
+    from mixq_compile.cli.benchmark_running import run
+
+    options = benchmark.ModelOptions(
+        model=model,
+        layers=layers,
+        kinds=parse_names(only, "workload", KINDS),
+        batches=parse_numbers(batches),
+        contexts=parse_numbers(contexts),
+        prefill=parse_batch(prefill),
+        single_batches=parse_numbers(single),
+        schemes=parse_schemes(schemes),
+        peers=parse_names(peers, "peer", MODEL_PEERS),
+        autotune=autotune,
+        eager=eager,
+        replays=replays,
+        lowering=lowering,
+    )
+    run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
+
+
+BENCHMARKS: dict[str, Callable[..., None]] = {
+    "kernels": kernels,
+    "layers": layers,
+    "model": model,
+    "breakdown": breakdown,
+    "structure": structure,
+}
+"""Every benchmark under its name."""
