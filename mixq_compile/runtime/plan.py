@@ -34,6 +34,7 @@ def _pass_options(options: MixqOptions) -> dict[str, dict[str, Any]]:
             "batch_invariant": options.batch_invariant,
             "kernel": options.kernel,
         },
+        "merge-siblings": {"when": options.merge_siblings, "kernel": options.kernel},
         "select-kernels": {"kernel": options.kernel},
     }
 
