@@ -71,6 +71,8 @@ class Annotations:
     """Of a quantization: its outlier policy; quantizations with other policies are not joined."""
     readers = _Field[list[str]]()
     """Of a quantization: names of the nodes whose weights read it; `share-quantize` joins them."""
+    members = _Field[list[dict[str, Any]]]()
+    """Of a product for several linears: the annotations of each, in the order of their rows."""
 
     def __init__(self, node: Node) -> None:
         self._node = node

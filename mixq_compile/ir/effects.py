@@ -62,3 +62,22 @@ def has_effect(node: Node) -> bool:
         return True
     schema = getattr(node.target, "_schema", None)
     return (schema is not None and bool(schema.is_mutable)) or node.is_impure()
+
+
+def is_written_between(value: Node, first: Node, last: Node) -> bool:
+    """True where a call between two nodes may change a value in place."""
+    node = first
+    while node is not last:
+        if is_in_place(node) and node.args and _may_alias(node.args[0], value):
+            return True
+        node = node.next
+    return False
+
+
+def _may_alias(node: object, value: Node) -> bool:
+    """True where a node is a value, or was made from it along first arguments, as views are."""
+    while isinstance(node, Node):
+        if node is value:
+            return True
+        node = node.args[0] if node.args else None
+    return False

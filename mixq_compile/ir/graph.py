@@ -143,15 +143,25 @@ class CapturedGraph:
         return self._fake_mode
 
     def evaluate(
-        self, target: Callable[..., Any] | str, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        target: Callable[..., Any] | str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        instead: Mapping[Node, Any] | None = None,
     ) -> Any:
         """What a call gives for the recorded values of its arguments; adds no guard on their sizes.
 
-        Raises UnknownValueError where one is not recorded, and what the operator raises.
+        `instead` are values of nodes in place of the recorded ones. Raises UnknownValueError where one
+        is not recorded, and what the operator raises.
         """
         if self._evaluator is None:
             self._evaluator = Evaluator(self.fake_mode)
-        return self._evaluator(target, args, kwargs, self.known_value)
+        others = instead or {}
+
+        def value_of(node: Node) -> Any:
+            return others[node] if node in others else self.known_value(node)
+
+        return self._evaluator(target, args, kwargs, value_of)
 
     def tensor(self, node: Any) -> Tensor | None:
         """The real parameter or buffer that a node stands for; None for an activation or an input."""

@@ -102,15 +102,30 @@ def refresh_outlier_weights(
 
     For each linear that reads one quantization point: cached_index `[C]` int32 (-1 empty),
     outlier_weight `[N, C]`, weight_codes `[N, K]`, weight_scale `[N]`, and original: the 16-bit
-    weight `[N, K]`, or an empty tensor where only the codes are at hand. Slots from `count` to the
-    next multiple of 64 are zero. Does nothing where codes have at most `small_m` rows.
+    weight `[N, K]`, or an empty tensor where only the codes are at hand. Linears that follow each other
+    may have one outlier_weight `[N_1 + N_2, C]`. Slots from `count` to the next multiple of 64 are zero.
+    Does nothing where codes have at most `small_m` rows.
     """
     if outlier_weight:
         run(
             "refresh_outlier_weights", kernel, outlier_weight[0], 8,
-            codes, index, count, cached_index, outlier_weight, weight_codes, weight_scale, original,
-            small_m,
+            codes, index, count, cached_index, _rows_of_each(outlier_weight, weight_codes), weight_codes,
+            weight_scale, original, small_m,
         )  # fmt: skip
+
+
+def _rows_of_each(outlier_weight: Sequence[Tensor], weight_codes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The outlier weight `[N, C]` of each linear, where some hold the rows of several."""
+    if len(outlier_weight) == len(weight_codes):
+        return outlier_weight
+    rows = iter([codes.shape[0] for codes in weight_codes])
+    parts = []
+    for held in outlier_weight:
+        start = 0
+        while start < held.shape[0]:
+            parts.append(held.narrow(0, start, next(rows)))
+            start += parts[-1].shape[0]
+    return parts
 
 
 @refresh_outlier_weights.register_fake

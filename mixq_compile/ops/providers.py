@@ -55,6 +55,8 @@ class Provider:
     speedup: Speedup | None = None
     small_batch: Callable[[KernelQuery], int] | None = None
     """Largest M that the weight-only path serves better; None means that path is never better."""
+    merges: Supports | None = None
+    """Whether one product with the rows of several weights beats a product for each; None: not known to."""
 
 
 _PROVIDERS: dict[str, dict[str, Provider]] = {}
@@ -77,6 +79,7 @@ def provider(
     supports: Supports,
     speedup: Speedup | None = None,
     small_batch: Callable[[KernelQuery], int] | None = None,
+    merges: Supports | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as provider `name` of operator `op`.
 
@@ -93,7 +96,7 @@ def provider(
                 f"{_SIGNATURES[op]}: give it the same arguments in the same order."
             )
         _PROVIDERS.setdefault(op, {})[name] = Provider(
-            op, name, function, supports, priority, speedup, small_batch
+            op, name, function, supports, priority, speedup, small_batch, merges
         )
         return function
 

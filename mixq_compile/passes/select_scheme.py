@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -93,6 +94,8 @@ class SelectScheme(Pass):
     """Quantize every eligible linear, even where it is not faster."""
     kernel: str = "auto"
     """The provider whose speed and support decide."""
+    together: bool = True
+    """Judge linears that read one value as one product, where the provider gains by merging them."""
 
     def scheme_for(self, fqn: str, role: str) -> QuantScheme:
         """The scheme of a linear of this name and role, with this pass's outlier options applied.
@@ -118,6 +121,7 @@ class SelectScheme(Pass):
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear."""
         embedded = _embedding_weights(graph)
+        siblings = self._siblings(graph, embedded) if self.together and not self.force else {}
         for node in graph.walk(torch.ops.aten.linear.default):
             view = Annotations(node)
             fqn = view.fqn or ""
@@ -128,7 +132,7 @@ class SelectScheme(Pass):
             )
             reason = self._ineligible(graph, node, weight, embedded)
             if reason is None and not self.force and not released:
-                reason = self._not_faster(graph, node, scheme)
+                reason = self._not_faster(graph, node, scheme, siblings.get(node, [node]))
             if reason is not None and released:
                 raise ReleasedWeightError(
                     f"{fqn} would be left alone now ({reason}), but its weight was freed by "
@@ -157,15 +161,38 @@ class SelectScheme(Pass):
             reason = f"its input is {x.dtype}, not a floating-point type that has kernels"
         return reason
 
-    def _not_faster(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> str | None:
-        x, weight = graph.value(node.args[0]), graph.value(node.args[1])
-        out_features, in_features = weight.shape
-        query = providers.linear_query(
-            x, out_features, in_features, scheme.weight.bits, weight_only=scheme.activation is None
-        )
+    def _siblings(self, graph: CapturedGraph, embedded: set[int]) -> dict[Node, list[Node]]:
+        """For each eligible linear those, itself among them, that read its value with its scheme."""
+        found: dict[tuple[Node, QuantScheme], list[Node]] = defaultdict(list)
+        for node in graph.walk(torch.ops.aten.linear.default):
+            view = Annotations(node)
+            weight = graph.tensor(graph.weight_parameter(node.args[1]))
+            if self._ineligible(graph, node, weight, embedded) is None:
+                scheme = self.scheme_for(view.fqn or "", view.role or OTHER)
+                found[node.args[0], scheme].append(node)  # type: ignore[index]
+        return {node: nodes for nodes in found.values() for node in nodes}
+
+    def _not_faster(
+        self, graph: CapturedGraph, node: Node, scheme: QuantScheme, siblings: list[Node]
+    ) -> str | None:
+        x = graph.value(node.args[0])
         fixed, traced = row_count(x)
         rows = [fixed] if fixed is not None else sorted({traced or LARGE_BATCH, LARGE_BATCH})
-        return not_faster(query, rows, self.kernel)
+
+        def query_of(nodes: Sequence[Node]) -> providers.KernelQuery:
+            out_features = sum(graph.value(each.args[1]).shape[0] for each in nodes)
+            in_features = graph.value(node.args[1]).shape[1]
+            weight_only = scheme.activation is None
+            return providers.linear_query(x, out_features, in_features, scheme.weight.bits, weight_only)
+
+        alone = query_of([node])
+        return not_faster(query_of(siblings) if _merges(alone, self.kernel) else alone, rows, self.kernel)
+
+
+def _merges(query: providers.KernelQuery, kernel: str) -> bool:
+    """True where the provider that would run a linear gains by one product for several."""
+    chosen = providers.rejections(query)[0] if kernel == providers.AUTO else providers.named(query.op, kernel)
+    return chosen is not None and chosen.merges is not None and chosen.merges(query) is True
 
 
 def _embedding_weights(graph: CapturedGraph) -> set[int]:

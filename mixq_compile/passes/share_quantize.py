@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
-from mixq_compile.ir.effects import is_in_place
+from mixq_compile.ir.effects import is_written_between
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.pipeline import Decision, Pass, PassContext
@@ -49,25 +49,6 @@ def _refresh_of(node: Node) -> Node | None:
     return next((user for user in readers if user.target is mixq.refresh_outlier_weights.default), None)
 
 
-def _may_alias(node: object, value: Node) -> bool:
-    """True where a node is a value, or was made from it along first arguments, as views are."""
-    while isinstance(node, Node):
-        if node is value:
-            return True
-        node = node.args[0] if node.args else None
-    return False
-
-
-def _is_written_between(value: Node, first: Node, last: Node) -> bool:
-    """True where a call between two nodes may change the value in place."""
-    node = first
-    while node is not last:
-        if is_in_place(node) and node.args and _may_alias(node.args[0], value):
-            return True
-        node = node.next
-    return False
-
-
 @dataclass(frozen=True)
 class ShareQuantize(Pass):
     """Merges quantizations of one value: n readers, one quantize node."""
@@ -92,7 +73,7 @@ class ShareQuantize(Pass):
             for first, *others in groups.values():
                 for other in others:
                     fqn = Annotations(other).fqn
-                    if _is_written_between(value, first, other):
+                    if is_written_between(value, first, other):
                         reason = "the value is changed in place between the two"
                         yield Decision.skipped(other, reason, fqn=fqn)
                         continue

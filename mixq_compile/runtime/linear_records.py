@@ -61,39 +61,51 @@ def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[
     return hint_of(matrix.shape[-2]) or 0, hint_of(matrix.shape[-1]) or 0
 
 
+def _members(node: Node) -> list[dict[str, Any]]:
+    """The annotations of each linear that a product of quantized ones stands for; empty for other nodes."""
+    if node.target not in PRODUCTS:
+        return []
+    view = Annotations(node)
+    return [member for member in view.members or [view.to_json()] if member.get("readers") is not None]
+
+
 def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
     """One record for each linear of the graph, quantized or not, in order."""
     nodes = {node.name: node for node in graph.graph.nodes}
     found = []
     for node in graph.graph.nodes:
         view = Annotations(node)
-        quantized = node.target in PRODUCTS and view.readers is not None
-        if not quantized and node.target is not aten.linear.default and view.skip is None:
-            continue
+        for member in _members(node):
+            weight = graph.tensor(nodes[member["readers"][0]])
+            found.append(_record(graph, node, member, weight, view.kernel))
         if node.target is aten.linear.default:
             weight = graph.tensor(graph.weight_parameter(node.args[1]))
-        else:
-            weight = graph.tensor(nodes[view.readers[0]]) if view.readers else None
-        features = _features(graph, node, weight)
-        quantization = _quantization_of(node) if quantized else None
-        state = (
-            _state_of(graph, quantization, weight)
-            if quantization is not None and weight is not None
-            else None
-        )
-        found.append(
-            LinearRecord(
-                fqn=view.fqn or graph.fqn(node),
-                role=view.role or "other",
-                out_features=features[0],
-                in_features=features[1],
-                scheme=view.scheme if quantized else None,
-                kernel=view.kernel,
-                skip=None if quantized else view.skip or "no pass looked at it",
-                outlier_source=_outlier_source(graph, quantization) if quantization is not None else None,
-                float_bytes=weight.nbytes if weight is not None else 0,
-                weight=weakref.ref(weight) if weight is not None else None,
-                state=weakref.ref(state) if state is not None else None,
-            )
-        )
+            found.append(_record(graph, node, view.to_json(), weight, view.kernel))
+        elif view.skip is not None:
+            found.append(_record(graph, node, view.to_json(), None, view.kernel))
     return found
+
+
+def _record(
+    graph: CapturedGraph, node: Node, linear: dict[str, Any], weight: Tensor | None, kernel: str | None
+) -> LinearRecord:
+    """What became of one linear, from its annotations and the node that computes it."""
+    quantized = node.target in PRODUCTS
+    features = _features(graph, node, weight)
+    quantization = _quantization_of(node) if quantized else None
+    state = (
+        _state_of(graph, quantization, weight) if quantization is not None and weight is not None else None
+    )
+    return LinearRecord(
+        fqn=linear.get("fqn") or graph.fqn(node),
+        role=linear.get("role") or "other",
+        out_features=features[0],
+        in_features=features[1],
+        scheme=linear.get("scheme") if quantized else None,
+        kernel=kernel,
+        skip=None if quantized else linear.get("skip") or "no pass looked at it",
+        outlier_source=_outlier_source(graph, quantization) if quantization is not None else None,
+        float_bytes=weight.nbytes if weight is not None else 0,
+        weight=weakref.ref(weight) if weight is not None else None,
+        state=weakref.ref(state) if state is not None else None,
+    )

@@ -27,6 +27,7 @@ def _pass_options(options: MixqOptions) -> dict[str, dict[str, Any]]:
             "miss": options.miss,
             "force": options.force,
             "kernel": options.kernel,
+            "together": options.merge_siblings != "never",
         },
         "annotate-outliers": {"stats": options.stats.sha256()[:_HASH_LENGTH] if options.stats else None},
         "rewrite-mixed-linear": {
@@ -34,6 +35,7 @@ def _pass_options(options: MixqOptions) -> dict[str, dict[str, Any]]:
             "batch_invariant": options.batch_invariant,
             "kernel": options.kernel,
         },
+        "merge-siblings": {"when": options.merge_siblings, "kernel": options.kernel},
         "select-kernels": {"kernel": options.kernel},
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixq_compile.errors import MixqError
+from mixq_compile.ops.joint_rows import held_bytes
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.runtime import memory
@@ -41,7 +42,7 @@ class WeightCodes:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return _storage_bytes(self.weight_codes, self.weight_scale)
+        return held_bytes(self.weight_codes) + held_bytes(self.weight_scale)
 
 
 @dataclass
@@ -97,10 +98,6 @@ class _Entry:
 
 def _as_matrix(weight: Tensor, transposed: bool) -> Tensor:
     return weight.detach().t() if transposed else weight.detach()
-
-
-def _storage_bytes(*tensors: Tensor) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 class WeightStore:
@@ -269,7 +266,7 @@ class WeightStore:
         entry = self._known(weight)
         if entry is None:
             return 0
-        caches = (_storage_bytes(p.outlier_weight, p.cached_index) for p in entry.packed.values())
+        caches = [held_bytes(p.outlier_weight) + held_bytes(p.cached_index) for p in entry.packed.values()]
         return sum(codes.nbytes for codes in entry.codes.values()) + sum(caches)
 
     def states(self, weights: Iterable[Tensor]) -> list[OutlierState]:

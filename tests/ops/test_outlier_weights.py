@@ -123,3 +123,20 @@ def test_a_cleared_cache_repairs_itself() -> None:
     cache.cached.fill_(-1)
     refresh(state_of(2, 50), cache)
     assert torch.equal(cache.columns, expected(cache.weight, [2, 50]))
+
+
+def test_linears_that_follow_each_other_may_have_one_outlier_weight() -> None:
+    """Each still fetches by its own list of cached columns."""
+    state, caches = state_of(2, 50), [Cache(seed=seed) for seed in range(3)]
+    refresh(state, caches[1])
+    together = torch.cat([cache.columns for cache in caches[:2]])
+    arguments = (
+        torch.zeros(5, IN_FEATURES, dtype=torch.int8), state.index, state.counters[:1].clone(),
+        [c.cached for c in caches], [together, caches[2].columns], [c.codes for c in caches],
+        [c.scale for c in caches], [c.original for c in caches], 0, "ref",
+    )  # fmt: skip
+    torch.library.opcheck(refresh_outlier_weights, arguments)
+    refresh_outlier_weights(*arguments)
+    for cache, found in zip(caches, (together[:12], together[12:], caches[2].columns), strict=True):
+        assert torch.equal(found, expected(cache.weight, [2, 50]))
+        assert cache.cached[:3].tolist() == [2, 50, -1]

@@ -16,7 +16,7 @@ from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.snapshot import Snapshot
 from mixq_compile.ir.verify import verify
-from mixq_compile.pipeline import PassContext, Pipeline, get_pass, pass_names
+from mixq_compile.pipeline import Pass, PassContext, Pipeline, get_pass, pass_names
 from mixq_compile.pipeline.registry import option_types
 from mixq_compile.pipeline.runner import run_passes
 from mixq_compile.runtime.weight_store import STORE
@@ -27,9 +27,21 @@ BEFORE = {
         "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
         "fuse-epilogue"
     ),
+    "merge-siblings": (
+        "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
+        "fuse-epilogue"
+    ),
     "annotate-outliers": "canonicalize-linear,select-scheme{force=true}",
 }
 """Passes to run before one, where that is not the passes before it in `jit`."""
+
+OPTIONS = {"merge-siblings": {"when": "always"}}
+"""Options of a pass under which it has something to do on a CPU."""
+
+
+def step_of(name: str) -> Pass:
+    """The pass as it is tested."""
+    return get_pass(name)(**OPTIONS.get(name, {}))
 
 
 def prefix_of(name: str) -> str:
@@ -59,7 +71,7 @@ def prepared(name: str, route: str) -> CapturedGraph:
 
 
 def whole_text(name: str) -> str:
-    return ",".join(part for part in (prefix_of(name), name) if part)
+    return ",".join(part for part in (prefix_of(name), step_of(name).spec()) if part)
 
 
 @pytest.fixture(params=[(name, route) for name in pass_names() for route in ROUTES], ids="-".join)
@@ -69,7 +81,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 def run_alone(name: str, graph: CapturedGraph):  # type: ignore[no-untyped-def]
     """One pass on a graph whose other passes have run."""
-    step = get_pass(name)()
+    step = step_of(name)
     return run_passes([step], step.spec(), graph, context(), "full", True)
 
 

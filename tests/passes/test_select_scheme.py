@@ -205,6 +205,26 @@ class TestSpeed:
         assert found["q_proj"].startswith("applied")
         assert found["k_proj"].startswith("skipped")
 
+    def test_siblings_are_judged_as_the_one_product_they_become(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Alone, k and v are too narrow to gain."""
+        providers.load_providers()
+        fast = Provider(
+            "mixed_linear", "fast", lambda: None, lambda query: True, 9,
+            speedup=lambda query, rows: 1.2 if (query.out_features or 0) >= 64 else 0.8,
+            merges=lambda query: True,
+        )  # fmt: skip
+        monkeypatch.setitem(providers._PROVIDERS, "mixed_linear", {"fast": fast})
+        found = select(captured(Attention(), "dynamo"), "ignore=")
+        assert all(text.startswith("applied") for text in found.values())
+        found = select(captured(Attention(), "dynamo"), "ignore= together=false")
+        assert found["k_proj"] == "skipped: not faster with fast: 0.80x at 6 rows"
+        found = select(captured(Attention(), "dynamo"), "ignore=q_proj,v_proj")
+        assert found["k_proj"].startswith("skipped"), "it was judged with siblings that stay as they are"
+        found = select(captured(Attention(), "dynamo"), "ignore= layers=k_proj=w8a8")
+        assert found["k_proj"].startswith("skipped"), "it was judged with siblings of another scheme"
+
 
 def test_a_freed_weight_that_would_be_left_alone_is_an_error() -> None:
     model, store = Attention(), WeightStore()

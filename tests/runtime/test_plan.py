@@ -34,12 +34,21 @@ def test_default_options_are_the_named_pipeline() -> None:
             {"select-scheme": "select-scheme{threshold=3.0 capacity=32 miss=lazy}"},
         ),
         ({"release_weights": True}, {"rewrite-mixed-linear": "rewrite-mixed-linear{originals=false}"}),
+        ({"merge_siblings": "always"}, {"merge-siblings": "merge-siblings{when=always}"}),
+        (
+            {"merge_siblings": "never"},
+            {
+                "select-scheme": "select-scheme{together=false}",
+                "merge-siblings": "merge-siblings{when=never}",
+            },
+        ),
         ({"batch_invariant": True}, {"rewrite-mixed-linear": "rewrite-mixed-linear{batch_invariant=true}"}),
         (
             {"kernel": "ref"},
             {
                 "select-scheme": "select-scheme{kernel=ref}",
                 "rewrite-mixed-linear": "rewrite-mixed-linear{kernel=ref}",
+                "merge-siblings": "merge-siblings{kernel=ref}",
                 "select-kernels": "select-kernels{kernel=ref}",
             },
         ),

@@ -22,6 +22,7 @@ from mixq_compile.kernels.tl.toolkit import (
     await_previous_launch,
     capability,
     ceil_div,
+    merges,
     multiprocessors,
     on_device,
     overlap,
@@ -226,7 +227,7 @@ def launch_descriptors(
 
 @provider(
     "mixed_linear", name="tl", priority=PRIORITY, supports=supports, speedup=measured.speedup,
-    small_batch=measured.small_batch,
+    small_batch=measured.small_batch, merges=merges,
 )  # fmt: skip
 def mixed_linear(
     x: Tensor,

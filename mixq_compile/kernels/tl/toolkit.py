@@ -16,7 +16,8 @@ from mixq_compile.ops.providers import KernelQuery
 
 __all__ = [
     "PRIORITY", "TRITON_PROBLEM", "await_previous_launch", "capability", "ceil_div", "interpreting",
-    "multiprocessors", "on_device", "overlap", "power_of_two", "row_matrix", "supports", "tl", "triton",
+    "merges", "multiprocessors", "on_device", "overlap", "power_of_two", "row_matrix", "supports", "tl",
+    "triton",
 ]  # fmt: skip
 
 PRIORITY = 20
@@ -74,6 +75,11 @@ def supports(query: KernelQuery) -> bool | str:
     found = capability(query.device)
     if found < OLDEST_CAPABILITY:
         return f"needs an NVIDIA GPU of compute capability 8.0 or newer; this one has {found[0]}.{found[1]}"
+    return True
+
+
+def merges(query: KernelQuery) -> bool | str:
+    """True: each launch costs microseconds, which few rows do not hide, and few columns fill a GPU badly."""
     return True
 
 

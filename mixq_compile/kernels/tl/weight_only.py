@@ -16,6 +16,7 @@ from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
     await_previous_launch,
     ceil_div,
+    merges,
     multiprocessors,
     on_device,
     overlap,
@@ -174,7 +175,7 @@ def launch(
         )  # fmt: skip
 
 
-@provider("weight_only_linear", name="tl", priority=PRIORITY, supports=supports)
+@provider("weight_only_linear", name="tl", priority=PRIORITY, supports=supports, merges=merges)
 def weight_only_linear(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Any number of rows; made for up to 32."""
     features, length = weight_codes.shape
