@@ -100,6 +100,31 @@ def test_products_of_real_sizes(shape, weight_bits):
     assert torch.equal(edge_cases.product(tensors, "tl", small_m=2000), weight_only)
 
 
+@pytest.mark.parametrize(("rows", "features"), [(1024, 10240), (1000, 11000)])
+def test_shared_tiles(rows, features):
+    """A partly filled last wave: the sums of two programs make one tile, in graphs and on streams alike."""
+    case = edge_cases.LinearCase(rows, 2320, features, outliers=40, capacity=64, originals=True)
+    tensors = edge_cases.linear(case, torch.bfloat16, "cuda")
+    first = edge_cases.product(tensors, "tl")
+    expected = edge_cases.expected_product(tensors)
+    assert float((first.double() - expected).norm() / expected.norm()) < 2.0**-8
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [edge_cases.product(tensors, "tl") for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(edge_cases.product(tensors, "tl"))
+        for tensor in captured:
+            tensor.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(first, other) for other in (*found, *captured))
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_tensor_descriptors(dtype, monkeypatch):
     from mixq_compile.kernels.tl import hopper, mixed_linear

@@ -1,0 +1,98 @@
+"""The Hopper kernel's schedule, run as Python: every step of every tile is done once, and nobody waits long."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from mixq_compile.kernels.tl import hopper_schedule
+from mixq_compile.kernels.tl.hopper_schedule import STEPS_OF_A_HANDOVER, shared_steps
+from mixq_compile.kernels.tl.toolkit import ceil_div
+
+PROGRAMS = 132
+CASES = {
+    "2.6 waves": (344, 32),
+    "5.2 waves": (688, 32),
+    "2.4 waves": (320, 64),
+    "9.7 waves": (1280, 64),
+    "one tile too many": (133, 32),
+    "6.8 waves": (896, 64),
+    "whole waves": (264, 64),
+    "less than a wave": (100, 64),
+    "almost full": (263, 64),
+}
+
+
+def python(function: object) -> object:
+    """The Python function that a Gluon function was made of."""
+    return getattr(function, "fn", function)
+
+
+def pieces_of(program: int, tiles: int, steps: int, given: int, monkeypatch: pytest.MonkeyPatch) -> list:
+    fake = SimpleNamespace(
+        program_id=lambda axis: program,
+        num_programs=lambda axis: min(tiles, PROGRAMS),
+        cdiv=ceil_div,
+        where=lambda condition, left, right: left if condition else right,
+    )
+    monkeypatch.setattr(hopper_schedule, "gl", fake)
+    count = python(hopper_schedule.count_pieces)(tiles, given > 0)
+    piece = python(hopper_schedule.piece)
+    return [piece(number, tiles, steps, given, given > 0) for number in range(count)]
+
+
+@pytest.mark.parametrize(("tiles", "steps"), CASES.values(), ids=CASES)
+def test_every_step_of_every_tile_is_done_once(
+    tiles: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = shared_steps(tiles, steps, PROGRAMS)
+    done = [
+        (tile, step)
+        for program in range(min(tiles, PROGRAMS))
+        for tile, first, last in pieces_of(program, tiles, steps, given, monkeypatch)
+        for step in range(first, last)
+    ]
+    assert len(done) == len(set(done)) == tiles * steps
+
+
+@pytest.mark.parametrize(("tiles", "steps"), CASES.values(), ids=CASES)
+def test_sums_are_there_before_their_owner_needs_them(
+    tiles: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = shared_steps(tiles, steps, PROGRAMS)
+    left, needed = {}, {}
+    for program in range(min(tiles, PROGRAMS)):
+        time = 0
+        for tile, first, last in pieces_of(program, tiles, steps, given, monkeypatch):
+            time += last - first
+            if first > 0:
+                time += STEPS_OF_A_HANDOVER
+                left[tile] = time
+            elif last < steps:
+                assert tile % PROGRAMS == program, "a shared tile's flag is its owner's number"
+                needed[tile] = time
+    assert left.keys() == needed.keys()
+    assert all(left[tile] <= needed[tile] for tile in needed)
+
+
+@pytest.mark.parametrize(("tiles", "steps"), CASES.values(), ids=CASES)
+def test_sharing_shortens_the_longest_program(
+    tiles: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = shared_steps(tiles, steps, PROGRAMS)
+    if not given:
+        pytest.skip("not shared")
+    longest = max(
+        sum(
+            last - first + STEPS_OF_A_HANDOVER * (first > 0)
+            for _, first, last in pieces_of(program, tiles, steps, given, monkeypatch)
+        )
+        for program in range(PROGRAMS)
+    )
+    assert longest <= ceil_div(tiles, PROGRAMS) * steps - given
+
+
+def test_which_calls_share() -> None:
+    shares = {name for name, (tiles, steps) in CASES.items() if shared_steps(tiles, steps, PROGRAMS)}
+    assert shares == {"2.6 waves", "5.2 waves", "2.4 waves", "9.7 waves", "one tile too many", "6.8 waves"}
