@@ -1,4 +1,4 @@
-"""The Hopper kernel's schedule, run as Python: every step of every tile is done once, and nobody waits long."""
+"""The Hopper kernel's schedule, run as Python: every step is done once, and no owner waits for sums."""
 
 from __future__ import annotations
 
