@@ -27,7 +27,8 @@ def _codes_like(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], padded), dtype=torch.int8)[..., : x.shape[-1]]
 
 
-def _quantized_like(x: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantized_like(x: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[..., K]`, scale `[...]` and outliers `[..., C]` of x, of which only the shapes count."""
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return _codes_like(x), scale, x.new_empty((*x.shape[:-1], capacity))
 
@@ -52,7 +53,7 @@ def quantize(
 
 @quantize.register_fake
 def _(x: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _quantized_like(x, index.shape[0])
+    return quantized_like(x, index.shape[0])
 
 
 @torch.library.custom_op("mixq::quantize_online", mutates_args=STATE_FIELDS, tags=LAYOUT)
@@ -80,7 +81,7 @@ def quantize_online(
 
 @quantize_online.register_fake
 def _(x: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_quantized_like(x, index.shape[0]), index.new_empty(1)
+    return *quantized_like(x, index.shape[0]), index.new_empty(1)
 
 
 @torch.library.custom_op(

@@ -24,6 +24,8 @@ PRODUCTS = {
     mixq.weight_only_linear.default: None,
 }
 """Where a product takes its codes; None where it takes none."""
+INDEX_ARGUMENT: dict[Any, int] = {mixq.norm_quantize.default: 3, mixq.activation_quantize.default: 2}
+"""Where a quantization takes the first buffer of its state, if that is not the second argument."""
 
 
 def _quantization_of(product: Node) -> Node | None:
@@ -34,13 +36,13 @@ def _quantization_of(product: Node) -> Node | None:
 
 
 def _state_of(graph: CapturedGraph, quantized: Node, weight: Tensor) -> OutlierState | None:
-    index = graph.tensor(quantized.args[1])
+    index = graph.tensor(quantized.args[INDEX_ARGUMENT.get(quantized.target, 1)])
     return next((state for state in STORE.states([weight]) if state.index is index), None)
 
 
-def _outlier_source(graph: CapturedGraph, quantized: Node) -> str | None:
+def _outlier_source(graph: CapturedGraph, product: Node, quantized: Node) -> str | None:
     """Where a product's outlier weights come from; None where it has no outlier slots."""
-    codes = next(user for user in quantized.users if user.args[1] == 0)
+    codes: Any = product.args[PRODUCTS[product.target]]  # type: ignore[index]
     refresh = next(
         (user for user in codes.users if user.target is mixq.refresh_outlier_weights.default), None
     )
@@ -104,7 +106,7 @@ def _record(
         scheme=linear.get("scheme") if quantized else None,
         kernel=kernel,
         skip=None if quantized else linear.get("skip") or "no pass looked at it",
-        outlier_source=_outlier_source(graph, quantization) if quantization is not None else None,
+        outlier_source=_outlier_source(graph, node, quantization) if quantization is not None else None,
         float_bytes=weight.nbytes if weight is not None else 0,
         weight=weakref.ref(weight) if weight is not None else None,
         state=weakref.ref(state) if state is not None else None,

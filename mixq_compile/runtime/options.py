@@ -25,7 +25,7 @@ from mixq_compile.scheme import (
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
 ON_ERROR = ("raise", "fallback")
-MERGING = ("auto", "always", "never")
+WHEN = ("auto", "always", "never")
 _SWITCHES = ("force", "batch_invariant", "release_weights")
 _NAMES: dict[str, Callable[[], Sequence[str]]] = {
     "scheme": scheme_names,
@@ -33,7 +33,8 @@ _NAMES: dict[str, Callable[[], Sequence[str]]] = {
     "lowering": lambda: LOWERINGS,
     "on_error": lambda: ON_ERROR,
     "mode": torch_compat.mode_names,
-    "merge_siblings": lambda: MERGING,
+    "merge_siblings": lambda: WHEN,
+    "fuse_prologue": lambda: WHEN,
     "kernel": lambda: (AUTO, *provider_names()),
 }
 """Options that are one of several names, and what gives the valid ones."""
@@ -65,6 +66,8 @@ class MixqOptions:
     """One kernel for every batch size: the same row gives the same bits in any batch."""
     merge_siblings: str = "auto"
     """One product for linears that read one value: auto (where the kernels gain by it), always or never."""
+    fuse_prologue: str = "auto"
+    """Norms and activation functions in the kernel that quantizes their result: auto, always or never."""
     release_weights: bool = False
     """Free the 16-bit weights after packing. Destructive: the model cannot run uncompiled any more."""
     mode: str | None = None

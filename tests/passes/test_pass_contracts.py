@@ -31,11 +31,15 @@ BEFORE = {
         "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
         "fuse-epilogue"
     ),
+    "fuse-prologue": (
+        "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
+        "fuse-epilogue"
+    ),
     "annotate-outliers": "canonicalize-linear,select-scheme{force=true}",
 }
 """Passes to run before one, where that is not the passes before it in `jit`."""
 
-OPTIONS = {"merge-siblings": {"when": "always"}}
+OPTIONS = {"merge-siblings": {"when": "always"}, "fuse-prologue": {"when": "always"}}
 """Options of a pass under which it has something to do on a CPU."""
 
 

@@ -114,6 +114,22 @@ def test_a_loaded_state_is_packed_again() -> None:
     assert sqnr(other(x), fast(x)) > 30
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_loaded_into_swapped_modules(assign: bool) -> None:
+    model, other = mixq.quantize(attention()), mixq.quantize(attention())
+    for module in (other.q_proj, other.k_proj):
+        module.weight_codes.neg_()
+    fast = merged(model)
+    x = rows(6, columns=(3,))
+    fast(x)
+    model.load_state_dict(
+        {name: tensor.clone() for name, tensor in other.state_dict().items()}, assign=assign
+    )
+    with torch.no_grad():
+        assert sqnr(other(x), fast(x)) > 100
+    assert merges(model) == ["applied"]
+
+
 @pytest.mark.parametrize("which", ["one", "all"])
 def test_replaced_parameters(which: str) -> None:
     model = attention()
