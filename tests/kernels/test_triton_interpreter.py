@@ -53,7 +53,7 @@ def test_rows_of_several_parts(parts_held, monkeypatch):
     from mixq_compile.kernels.tl import quantization
 
     monkeypatch.setattr(quantization, "ELEMENTS_PER_THREAD", 1)
-    monkeypatch.setattr(quantization, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+    monkeypatch.setattr(quantization, "WARPS_PER_MULTIPROCESSOR", 16)
     monkeypatch.setattr(quantization, "PARTS_HELD", parts_held)
     for name in ("ragged_columns", "not_finite"):
         case = edge_cases.ONLINE_CASES[name](torch.bfloat16)

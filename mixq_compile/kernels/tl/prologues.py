@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from mixq_compile.kernels.tl import quantization
-from mixq_compile.kernels.tl.growth import EVICT, KEEP, REDO, REPLACE, TICKET, grow, scratch_for
-from mixq_compile.kernels.tl.quantization import AGAIN, ALWAYS, CHECK, SNAPSHOT, _is_inner, _larger_or_nan
+from mixq_compile.kernels.tl.growth import GROWN, TICKET, scratch_for
+from mixq_compile.kernels.tl.quantized_rows import (
+    ALWAYS,
+    CHECK,
+    SNAPSHOT,
+    code_of,
+    is_inner,
+    larger_or_nan,
+    scales_of,
+)
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
     await_previous_launch,
@@ -28,17 +36,14 @@ from mixq_compile.kernels.tl.toolkit import (
 )
 from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN
 from mixq_compile.ops.providers import provider
-from mixq_compile.ops.weight_codes import EPSILON
 
 RMS, LAYER, SILU, GELU, GELU_TANH = range(5)
 PRODUCERS = {"rms": RMS, "layer": LAYER, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
 _RMS, _LAYER, _SILU, _GELU = (tl.constexpr(number) for number in (RMS, LAYER, SILU, GELU))
 _CHECK, _ALWAYS = tl.constexpr(CHECK), tl.constexpr(ALWAYS)
-_EPSILON = tl.constexpr(EPSILON)
-_ROUNDER = tl.constexpr(1.5 * 2.0**23)
 _COUNT, _FLAG, _FROZEN = (tl.constexpr(place) for place in (COUNT, FLAG, FROZEN))
-_TICKET, _REDO = tl.constexpr(TICKET), tl.constexpr(REDO)
+_TICKET, _GROWN = tl.constexpr(TICKET), tl.constexpr(GROWN)
 
 
 @triton.jit
@@ -100,7 +105,7 @@ def _produce_rows(
         if (MODE == _CHECK) | (MODE == _ALWAYS):
             learns = tl.load(counters + _FROZEN) == 0
             tl.store(scratch + _TICKET, 0, mask=program == 0)
-            tl.store(scratch + _REDO, 0, mask=program == 0)
+            tl.store(scratch + _GROWN, 0, mask=program == 0)
         if MODE == _CHECK:
             threshold = tl.load(effective_threshold)
         if MODE == _ALWAYS:
@@ -156,25 +161,20 @@ def _produce_rows(
             tl.store(y_row + column, rounded_result, mask=inside)
             if QUANTIZES:
                 # As in the quantization alone: outlier columns become 0, or NaN where they are not finite.
-                inner = rounded_result.to(tl.float32) * _is_inner(column_slot, column, columns)
+                inner = rounded_result.to(tl.float32) * is_inner(column_slot, column, columns)
                 inner = tl.where(inside, inner, 0.0)
-                largest = _larger_or_nan(largest, tl.abs(inner))
+                largest = larger_or_nan(largest, tl.abs(inner))
                 parts = parts + (inner,)  # noqa: RUF005
 
         if QUANTIZES:
-            largest_of_row = tl.reduce(largest, 0, _larger_or_nan)
-            finite = largest_of_row < float("inf")
-            row_maximum = tl.where(finite, largest_of_row, 0.0)
-            guarded = tl.maximum(row_maximum, _EPSILON)
-            row_scale = tl.div_rn(guarded, LARGEST_CODE)
-            inverse = tl.where(row_maximum < _EPSILON, 0.0, tl.div_rn(LARGEST_CODE, guarded))
-            tl.store(scale + row, tl.where(finite, row_scale, float("nan")))
+            largest_of_row = tl.reduce(largest, 0, larger_or_nan)
+            finite, row_maximum, row_scale, inverse = scales_of(largest_of_row, LARGEST_CODE)
+            tl.store(scale + row, row_scale)
             if MODE == _CHECK:
                 tl.store(counters + _FLAG, 1, mask=(row_maximum > threshold) & learns)
             for part in tl.static_range(PARTS):
                 column = part * PART + tl.arange(0, PART)
-                rounded = (parts[part] * inverse + _ROUNDER).to(tl.int32, bitcast=True)
-                code = tl.where(finite, rounded, 0).to(tl.int8)
+                code = tl.where(finite, code_of(parts[part], inverse), 0).to(tl.int8)
                 tl.store(codes + wide_row * codes_stride + column, code, mask=column < columns)
             if SLOTS > 0:
                 # Other threads of the program wrote these columns of y.
@@ -198,38 +198,35 @@ def _run(
     index, column_slot, column_max, counters, effective_threshold = state
     slots = index.shape[0]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    outputs, count_used = quantization._outputs(x, slots), torch.empty_like(counters[:1])
+    outputs, count_used = quantization.outputs_of(x, slots), torch.empty_like(counters[:1])
     matrix = row_matrix(x)
     rows, columns = matrix.shape
     if not rows:
         return y, *outputs, count_used
     quantizes = rows > small_m
     value = y.view(rows, columns)
-    codes, scale, outliers = as_rows = quantization._as_rows(outputs, rows)
+    codes, scale, outliers = as_rows = quantization.as_rows(outputs, rows)
     scratch = scratch_for(value, slots) if quantizes else counters
     mode = {"static": SNAPSHOT, "per_call": ALWAYS}.get(miss, CHECK)
-    warps = quantization._warps(rows, columns)
+    warps = quantization.warps_of(rows, columns)
     part = warps * 32 * quantization.ELEMENTS_PER_THREAD
-    programs = min(rows, quantization.PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device))
+    programs = min(rows, quantization.WARPS_PER_MULTIPROCESSOR // warps * multiprocessors(x.device))
     second = other if other is None or other.dim() == 1 else row_matrix(other)
     with on_device(x):
         _produce_rows[(programs,)](
             matrix, second, bias, value, codes, scale, outliers, index, column_slot, counters,
             effective_threshold, count_used, scratch, epsilon, rows, columns, slots, matrix.stride(0),
             0 if second is None else second.stride(0), codes.stride(0),
-            LARGEST_CODE=float(2 ** (bits - 1) - 1), MODE=mode, QUANTIZES=quantizes,
+            LARGEST_CODE=quantization.largest_code(bits), MODE=mode, QUANTIZES=quantizes,
             PRODUCER=PRODUCERS[producer], HAS_FACTOR=second is not None, HAS_BIAS=bias is not None,
             PART=part, PARTS=ceil_div(columns, part), SLOTS=power_of_two(slots) if slots else 0,
             num_warps=warps, enable_fp_fusion=False, **overlap(matrix),
         )  # fmt: skip
         if quantizes and mode != SNAPSHOT:
-            policy = {"lazy": KEEP, "per_call": REPLACE}.get(miss, EVICT)
-            grow(value, scale, index, column_slot, column_max, counters, effective_threshold, scratch, policy)
-            if miss != "lazy":
-                quantization._launch(
-                    AGAIN, value, as_rows, index, column_slot, counters, effective_threshold, count_used,
-                    scratch, bits,
-                )  # fmt: skip
+            quantization.launch_learning(
+                value, as_rows, index, column_slot, column_max, counters, effective_threshold, count_used,
+                scratch, bits, miss,
+            )  # fmt: skip
     return y, *outputs, count_used
 
 

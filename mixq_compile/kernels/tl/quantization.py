@@ -130,7 +130,7 @@ def _learn(
             )  # fmt: skip
 
 
-def _warps(rows: int, columns: int) -> int:
+def warps_of(rows: int, columns: int) -> int:
     """Warps that share a row: beyond few rows, no more than are needed to hold its outlier columns."""
     warps = power_of_two(columns // (32 * ELEMENTS_PER_THREAD) + 1, at_least=2) // 2
     if rows <= FEW_ROWS:
@@ -154,24 +154,25 @@ def _launch(
     rows, columns = matrix.shape
     codes, scale, outliers = outputs
     slots = index.shape[0]
-    warps = _warps(rows, columns)
+    warps = warps_of(rows, columns)
     part = warps * 32 * ELEMENTS_PER_THREAD
     parts = ceil_div(columns, part)
     programs = min(rows, WARPS_PER_MULTIPROCESSOR // warps * multiprocessors(matrix.device))
     _quantize[(programs,)](
         matrix, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
         scratch, rows, columns, slots, matrix.stride(0), codes.stride(0),
-        LARGEST_CODE=_largest_code(bits), MODE=mode, PART=part, PARTS=parts,
+        LARGEST_CODE=largest_code(bits), MODE=mode, PART=part, PARTS=parts,
         HOLDS=parts <= PARTS_HELD and rows > programs, SLOTS=power_of_two(slots) if slots else 0,
         num_warps=warps, enable_fp_fusion=False, **overlap(matrix),
     )  # fmt: skip
 
 
-def _largest_code(bits: int) -> float:
+def largest_code(bits: int) -> float:
+    """The largest code of so many bits, as a float."""
     return float(2 ** (bits - 1) - 1)
 
 
-def _launch_learning(
+def launch_learning(
     matrix: Tensor,
     outputs: tuple[Tensor, Tensor, Tensor],
     index: Tensor,
@@ -182,31 +183,36 @@ def _launch_learning(
     count_used: Tensor,
     scratch: Tensor,
     bits: int,
-    policy: int,
-    repeats: bool,
+    miss: str,
 ) -> None:
-    """One program a multiprocessor, because they wait for each other."""
+    """Where the flag is up: learns the new columns and, unless the policy is lazy, quantizes again.
+
+    One program a multiprocessor, because they wait for each other.
+    """
+    policy = {"lazy": KEEP, "per_call": REPLACE}.get(miss, EVICT)
     rows, columns = matrix.shape
     codes, scale, outliers = outputs
     part = LEARNING_WARPS * 32 * ELEMENTS_PER_THREAD
     _learn[(1 if interpreting() else multiprocessors(matrix.device),)](
         matrix, codes, scale, outliers, index, column_slot, column_max, counters, effective_threshold,
         count_used, scratch, rows, columns, index.shape[0], matrix.stride(0), codes.stride(0),
-        LARGEST_CODE=_largest_code(bits), PART=part, PARTS=ceil_div(columns, part), REPEATS=repeats,
+        LARGEST_CODE=largest_code(bits), PART=part, PARTS=ceil_div(columns, part), REPEATS=miss != "lazy",
         num_warps=LEARNING_WARPS, enable_fp_fusion=False,
         launch_cooperative_grid=not interpreting(),
         **growth_options(rows, columns, index.shape[0], policy), **overlap(matrix),
     )  # fmt: skip
 
 
-def _outputs(x: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+def outputs_of(x: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised codes, scale and outliers for x, in its shape."""
     leading = tuple(x.shape[:-1])
     codes = aligned_empty(leading, x.shape[-1], torch.int8, x.device)
     scale = torch.empty(leading, dtype=torch.float32, device=x.device)
     return codes, scale, torch.empty((*leading, slots), dtype=x.dtype, device=x.device)
 
 
-def _as_rows(outputs: tuple[Tensor, Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def as_rows(outputs: tuple[Tensor, Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and outliers with one row dimension."""
     codes, scale, outliers = outputs
     return codes.view(rows, codes.shape[-1]), scale.view(rows), outliers.view(rows, outliers.shape[-1])
 
@@ -216,10 +222,10 @@ def quantize(
     x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, bits: int, small_m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch; at most `small_m` rows are left unwritten, because the weight-only path reads x."""
-    outputs = _outputs(x, index.shape[0])
+    outputs = outputs_of(x, index.shape[0])
     matrix = row_matrix(x)
     if matrix.shape[0] > small_m:
-        rows = _as_rows(outputs, matrix.shape[0])
+        rows = as_rows(outputs, matrix.shape[0])
         with on_device(x):
             _launch(FIXED, matrix, rows, index, column_slot, count, count, count, count, bits)
     return outputs
@@ -238,12 +244,12 @@ def quantize_online(
     small_m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two launches, of which the second returns at once where no row exceeds the threshold."""
-    outputs = _outputs(x, index.shape[0])
+    outputs = outputs_of(x, index.shape[0])
     count_used = torch.empty_like(counters[:1])
     matrix = row_matrix(x)
     if matrix.shape[0] <= small_m:
         return *outputs, count_used
-    rows = _as_rows(outputs, matrix.shape[0])
+    rows = as_rows(outputs, matrix.shape[0])
     state = (index, column_slot, counters, effective_threshold)
     with on_device(x):
         if miss == "static":
@@ -251,10 +257,9 @@ def quantize_online(
             return *outputs, count_used
         scratch = scratch_for(matrix, index.shape[0])
         first = ALWAYS if miss == "per_call" else CHECK
-        policy = {"lazy": KEEP, "per_call": REPLACE}.get(miss, EVICT)
         _launch(first, matrix, rows, *state, count_used, scratch, bits)
-        _launch_learning(
+        launch_learning(
             matrix, rows, index, column_slot, column_max, counters, effective_threshold, count_used, scratch,
-            bits, policy, repeats=miss != "lazy",
+            bits, miss,
         )  # fmt: skip
     return *outputs, count_used

@@ -20,15 +20,36 @@ _TICKET, _GROWN = tl.constexpr(TICKET), tl.constexpr(GROWN)
 
 
 @triton.jit
-def _larger_or_nan(left, right):
+def larger_or_nan(left, right):
+    """For reductions: NaN wins."""
     return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _is_inner(column_slot, column, columns):
+def is_inner(column_slot, column, columns):
     """1.0 where a column is no outlier column, else 0.0."""
     slot = tl.load(column_slot + column, mask=column < columns, other=-1)
     return tl.where(slot < 0, 1.0, 0.0)
+
+
+@triton.jit
+def scales_of(largest_of_row, LARGEST_CODE: tl.constexpr):
+    """Whether a row is finite, its maximum, its scale and the factor that makes codes of its values."""
+    finite = largest_of_row < float("inf")
+    row_maximum = tl.where(finite, largest_of_row, 0.0)
+    guarded = tl.maximum(row_maximum, _EPSILON)
+    row_scale = tl.where(finite, tl.div_rn(guarded, LARGEST_CODE), float("nan"))
+    inverse = tl.where(row_maximum < _EPSILON, 0.0, tl.div_rn(LARGEST_CODE, guarded))
+    return finite, row_maximum, row_scale, inverse
+
+
+@triton.jit
+def code_of(value, inverse):
+    """The product rounded half to even, at most the largest code: the last byte of a float's sum.
+
+    The product must be rounded before it is added: launches say enable_fp_fusion=False.
+    """
+    return (value * inverse + _ROUNDER).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -76,7 +97,7 @@ def quantize_rows(
     if HOLDS:
         for part in tl.static_range(PARTS):
             column = part * PART + tl.arange(0, PART)
-            inner_columns = inner_columns + (_is_inner(column_slot, column, columns),)  # noqa: RUF005
+            inner_columns = inner_columns + (is_inner(column_slot, column, columns),)  # noqa: RUF005
 
     for row in range(program, rows, tl.num_programs(0)):
         wide_row = tl.cast(row, tl.int64)
@@ -94,25 +115,19 @@ def quantize_rows(
             if HOLDS:
                 inner = values * inner_columns[part]
             else:
-                inner = values * _is_inner(column_slot, column, columns)
-            largest = _larger_or_nan(largest, tl.abs(inner))
+                inner = values * is_inner(column_slot, column, columns)
+            largest = larger_or_nan(largest, tl.abs(inner))
             parts = parts + (inner,)  # noqa: RUF005
-        largest_of_row = tl.reduce(largest, 0, _larger_or_nan)
+        largest_of_row = tl.reduce(largest, 0, larger_or_nan)
 
-        finite = largest_of_row < float("inf")
-        row_maximum = tl.where(finite, largest_of_row, 0.0)
-        guarded = tl.maximum(row_maximum, _EPSILON)
-        row_scale = tl.div_rn(guarded, LARGEST_CODE)
-        inverse = tl.where(row_maximum < _EPSILON, 0.0, tl.div_rn(LARGEST_CODE, guarded))
-        tl.store(scale + row, tl.where(finite, row_scale, float("nan")))
+        finite, row_maximum, row_scale, inverse = scales_of(largest_of_row, LARGEST_CODE)
+        tl.store(scale + row, row_scale)
         if MODE == _CHECK:
             tl.store(counters + _FLAG, 1, mask=(row_maximum > threshold) & learns)
 
         for part in tl.static_range(PARTS):
             column = part * PART + tl.arange(0, PART)
-            # The sum's last byte is the product rounded half to even, at most the largest code. The
-            # product must be rounded before: the launch says enable_fp_fusion=False.
-            rounded = (parts[part] * inverse + _ROUNDER).to(tl.int32, bitcast=True)
+            rounded = code_of(parts[part], inverse)
             tl.store(codes_row + column, rounded.to(tl.int8), mask=column < columns)
         if finite == 0:
             tl.debug_barrier()
