@@ -61,10 +61,11 @@ def _codes_for(weight: Tensor, scale: Tensor, fmt: TensorFormat) -> Tensor:
 
 def _clip_search(weight: Tensor, largest: Tensor, fmt: TensorFormat) -> Tensor:
     """The scale per row with the smallest squared error among clipped maxima."""
-    best_scale = largest / fmt.largest_code
+    largest_codes = torch.full_like(largest, fmt.largest_code)
+    best_scale = largest / largest_codes
     best_error = torch.full_like(largest, torch.inf)
     for ratio in torch.linspace(1.0, SMALLEST_CLIP, CLIP_CANDIDATES).tolist():
-        scale = (largest * ratio) / fmt.largest_code
+        scale = (largest * ratio) / largest_codes
         error = (_codes_for(weight, scale, fmt) * scale[:, None] - weight).square_().sum(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -82,7 +83,8 @@ def quantize_weight(weight: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
     if fmt.solver == "clip":
         scale = _clip_search(values, largest, fmt)
     else:
-        scale = largest / fmt.largest_code
+        # A tensor, because GPUs divide by a number through its reciprocal, with another last bit.
+        scale = largest / torch.full_like(largest, fmt.largest_code)
     codes = _codes_for(values, scale, fmt).to(torch.int8)
     if fmt.bits == 4:
         return pack_int4(codes), scale

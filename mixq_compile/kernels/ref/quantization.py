@@ -34,9 +34,11 @@ def _codes_and_scale(values: Tensor, column_slot: Tensor, bits: int) -> tuple[Te
     largest_code = 2 ** (bits - 1) - 1
     finite = _finite_rows(values)
     row_maximum = _row_maximum(values, column_slot, finite)
-    scale = row_maximum.clamp_min(EPSILON) / largest_code
-    # `number / tensor` would round twice: torch computes it as reciprocal times number.
-    inverse = torch.full_like(row_maximum, largest_code) / row_maximum
+    # With a number in place of a tensor torch would round twice, multiplying by a reciprocal: `number /
+    # tensor` everywhere, `tensor / number` on GPUs.
+    largest_codes = torch.full_like(row_maximum, largest_code)
+    scale = row_maximum.clamp_min(EPSILON) / largest_codes
+    inverse = largest_codes / row_maximum
     inverse = torch.where(row_maximum < EPSILON, 0.0, inverse)
     inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~finite[:, None], 0.0)
     codes = torch.round(inner * inverse[:, None]).clamp_(-largest_code, largest_code)
