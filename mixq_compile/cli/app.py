@@ -18,6 +18,7 @@ from mixq_compile.cli.passes import passes
 from mixq_compile.cli.pipelines import pipelines
 from mixq_compile.cli.quantize import quantize
 from mixq_compile.cli.running import command
+from mixq_compile.cli.tune import tune
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "quantize": quantize,
     "eval": evaluate,
+    "tune": tune,
     "passes": passes,
     "pipelines": pipelines,
 }

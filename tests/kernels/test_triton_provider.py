@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from mixq_compile.kernels.tl import measured, toolkit
+from mixq_compile.kernels.tl import measured, toolkit, tuning
+from mixq_compile.kernels.tl.speed_table import shipped
 from mixq_compile.ops.providers import KernelQuery, load_providers, providers_of
 
 GPU = torch.device("cuda", 0)
@@ -17,7 +18,7 @@ LINEAR = KernelQuery("mixed_linear", GPU, torch.bfloat16, 8, 4096, 11008)
 
 @pytest.fixture
 def h200(monkeypatch):
-    monkeypatch.setattr(measured, "_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(measured, "device_name", lambda device: "NVIDIA H200")
 
 
 def test_implements_every_operator():
@@ -62,7 +63,9 @@ def test_every_module_can_be_imported_without_triton():
 
 @pytest.mark.usefixtures("h200")
 def test_speedup_is_the_measured_one_and_between_them():
-    gains = dict(zip(measured.MEASURED_ROWS, measured.SPEEDUPS[8][11008, 4096], strict=True))
+    table = shipped("NVIDIA H200")
+    assert table is not None
+    gains = table.entries[8, 11008, 4096]
     assert measured.speedup(LINEAR, 1024) == gains[1024]
     assert measured.speedup(LINEAR, 10**6) == gains[4096]
     assert min(gains[256], gains[512]) < measured.speedup(LINEAR, 400) < max(gains[256], gains[512])
@@ -74,8 +77,9 @@ def test_speedup_is_not_known_for_fp32_and_unknown_shapes():
     assert measured.speedup(KernelQuery("mixed_linear", GPU, torch.bfloat16), 64) is None
 
 
-def test_speedup_is_not_known_on_other_gpus(monkeypatch):
-    monkeypatch.setattr(measured, "_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+def test_speedup_is_not_known_where_it_cannot_be_measured(monkeypatch):
+    monkeypatch.setattr(measured, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(tuning, "can_measure", lambda query: False)
     assert measured.speedup(LINEAR, 1024) is None
 
 
