@@ -47,27 +47,124 @@ def demo() -> str:
     return f"{title}\n\n{_markdown(header, rows)}"
 
 
+SHOWN_ROWS = (1, 16, 64, 256, 1024, 4096)
+SHOWN_LINEARS = ("7B up", "7B down", "7B o", "70B up")
+WHOLE = "mixq whole"
+FP8 = "fp8-dynamic"
+
+
+def _median(case: dict[str, Any], name: str) -> float:
+    return float(case["timings"][name]["median_us"])
+
+
+def _where(found: dict[str, Any]) -> str:
+    environment = found["environment"]
+    return f"{environment['device']}, torch {environment['torch']}"
+
+
 def linear() -> str:
-    """One linear on an H200."""
-    found = _load("linear_h200")
+    """Linears on an H200, everything included."""
+    found = _load("kernels_h200")
     rows = [
         [
-            f"{row['N']} × {row['K']}", str(row["M"]), f"{row['bf16_us']:.0f} µs", f"{row['mixq_us']:.0f} µs",
-            f"{row['speedup']:.2f}×", f"{row['bf16_error']:.4f}", f"{row['originals_error']:.4f}",
-            f"{row['codes_error']:.4f}",
+            f"{case['out_features']} × {case['in_features']}", str(case["rows"]),
+            f"{_median(case, 'bf16'):.0f} µs", f"{_median(case, FP8):.0f} µs",
+            f"{_median(case, WHOLE):.0f} µs",
+            f"{_median(case, 'bf16') / _median(case, WHOLE):.2f}×",
+            f"{_median(case, FP8) / _median(case, WHOLE):.2f}×",
+            f"{case['errors'][FP8]:.4f}", f"{case['errors']['mixq, originals']:.4f}",
         ]
-        for row in found["results"]
-        if row["M"] in (1, 16, 64, 256, 1024, 4096) and row["N"] * row["K"] >= 11008 * 4096
+        for case in found["cases"]
+        if case["rows"] in SHOWN_ROWS and case["name"] in SHOWN_LINEARS
     ]  # fmt: skip
     title = (
-        f"**One linear on a GPU.** `w8a8o16` with {found['outliers']['columns']} outlier columns, "
-        f"{found['outliers']['size']:.0f} times the rest, on an {found['device']} beside bf16 (cuBLAS), both "
-        "in a CUDA graph, L2 flushed, quantization and check included (`benchmarks/linear_gpu.py`); errors "
-        "against float64, with outlier weights from their 16-bit originals (the default) and rebuilt "
-        "from codes:"
+        f"**One linear on a GPU.** `w8a8o16` on an {_where(found)}, beside bf16 (cuBLAS) and fp8 with one "
+        "scale for each row (`_scaled_mm`, its quantization compiled by Inductor). Everything in CUDA "
+        "graphs, L2 flushed; ours with quantization, the check for new outlier columns, and all 128 outlier "
+        "slots in use (`mixq bench kernels`). Errors are against float64; that of bf16 is 0.0017:"
     )
-    header = ["N × K", "M", "bf16", "mixq", "speed-up", "error bf16", "error mixq", "error mixq, from codes"]
+    header = [
+        "N × K", "M", "bf16", "fp8", "mixq", "over bf16", "over fp8", "error fp8", "error mixq",
+    ]  # fmt: skip
     return f"{title}\n\n{_markdown(header, rows)}"
+
+
+def model() -> str:
+    """Layers of Llama-2-7B on an H200."""
+    decode, decode_int4, prefill = (
+        _load(name) for name in ("model_decode_h200", "model_decode_int4_h200", "model_prefill_h200")
+    )
+    rows = [
+        [
+            case["workload"], scheme, f"{_median(case, 'bf16') / 1000:.2f} ms",
+            f"{_median(case, scheme) / 1000:.2f} ms", f"{case['speedup'][scheme]:.2f}×",
+            f"{case['first_call_seconds']['bf16']:.0f} s", f"{case['first_call_seconds'][scheme]:.0f} s",
+        ]
+        for found in (decode, decode_int4, prefill)
+        for case in found["cases"]
+        for scheme in case["speedup"]
+    ]  # fmt: skip
+    memory = {entry["scheme"]: entry["ratio"] for entry in prefill["memory"]}
+    ratios = ", ".join(f"{ratio:.2f} with `{scheme}`" for scheme, ratio in memory.items())
+    title = (
+        f"**A model on a GPU.** {prefill['options']['layers']} layers of Llama-2-7B (random weights, planted "
+        f"outliers), {_where(prefill)}, both sides compiled by Inductor and run as CUDA graphs "
+        f"(`mixq bench model`). Memory of the quantized linears over that of their 16-bit weights: {ratios}:"
+    )
+    header = ["workload", "scheme", "bf16", "mixq", "speed-up", "first call bf16", "first call mixq"]
+    return f"{title}\n\n{_markdown(header, rows)}"
+
+
+def breakdown() -> str:
+    """What each fusion gains, and what new outlier columns cost."""
+    found = _load("breakdown_h200")
+    stages = list(found["cases"][0]["stage_speedup"])
+    fused = [
+        [
+            f"{case['out_features']} × {case['in_features']}", str(case["rows"]),
+            f"{_median(case, 'bf16'):.0f} µs", *(f"{_median(case, stage):.0f} µs" for stage in stages),
+        ]
+        for case in found["cases"]
+    ]  # fmt: skip
+    percents = [miss["percent"] for miss in found["cases"][0]["misses"]]
+    missed = [
+        [
+            f"{case['out_features']} × {case['in_features']}", str(case["rows"]),
+            f"{case['policy_overhead']['exact']:+.1%}",
+            *(f"{miss['mean_us']:.0f} µs" for miss in case["misses"]),
+        ]
+        for case in found["cases"]
+    ]  # fmt: skip
+    return "\n\n".join(
+        [
+            f"One linear with 128 outlier columns, {_where(found)} (`mixq bench breakdown`):",
+            _markdown(["N × K", "M", "bf16", *stages], fused),
+            "What the exact policy costs over `static` where no call misses, and the mean time of a call "
+            "where so many percent of them meet a new outlier column:",
+            _markdown(["N × K", "M", "exact", *(f"{percent} %" for percent in percents)], missed),
+        ]
+    )
+
+
+def structure() -> str:
+    """Outlier columns in their places against moved out."""
+    found = _load("structure_h200")
+    names = (
+        "order-reserved: whole", "permuted: whole", "order-reserved, one new column",
+        "permuted, one column moved", "permuted, all columns again",
+    )  # fmt: skip
+    rows = [
+        [
+            f"{case['out_features']} × {case['in_features']}", str(case["rows"]),
+            *(f"{_median(case, name):.0f} µs" for name in names),
+        ]
+        for case in found["cases"]
+    ]  # fmt: skip
+    title = (
+        f"Outlier columns in their places against moved out of the matrices, {_where(found)} "
+        "(`mixq bench structure`):"
+    )
+    return f"{title}\n\n{_markdown(['N × K', 'M', *names], rows)}"
 
 
 def perplexity() -> str:
@@ -109,6 +206,9 @@ def architectures() -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "demo": ("README.md", demo),
     "linear": ("README.md", linear),
+    "model": ("README.md", model),
+    "breakdown": ("docs/benchmarks.md", breakdown),
+    "structure": ("docs/benchmarks.md", structure),
     "perplexity": ("README.md", perplexity),
     "architectures": ("docs/models.md", architectures),
 }

@@ -9,7 +9,6 @@ import pytest
 import torch
 from commands import mixq, mixq_json
 
-from mixq_compile.benchmarking.shapes import LinearShape
 from mixq_compile.cli import tune as command
 from mixq_compile.kernels.tl import measured, speed_table, tuning
 from mixq_compile.kernels.tl.speed_table import SpeedTable, cache_file, interpolate, save, shipped, tuned
