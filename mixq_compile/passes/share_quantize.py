@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -21,6 +21,8 @@ from mixq_compile.scheme import QuantScheme
 mixq = torch.ops.mixq
 STATE_ARGUMENTS = {mixq.quantize.default: (0, 1, 3), mixq.quantize_online.default: (0, 1, 2, 3, 4)}
 """Which of STATE_FIELDS an operator takes, from its second argument on."""
+SMALL_M = -2
+"""The place of `small_m` in the arguments of quantize, quantize_online and refresh_outlier_weights."""
 REFRESH_LISTS = slice(3, 8)
 """The arguments of refresh_outlier_weights that hold one item for each linear."""
 
@@ -28,14 +30,23 @@ REFRESH_LISTS = slice(3, 8)
 def _policy_key(node: Node) -> str:
     """What must be equal for two quantizations of one value to be the same."""
     view = Annotations(node)
+    arguments: tuple[Any, ...] = (*node.args[:SMALL_M], *node.args[SMALL_M + 1 :])
     return json.dumps(
         {
             "operator": str(node.target),
-            "arguments": [argument for argument in node.args if not isinstance(argument, Node)],
+            "arguments": [argument for argument in arguments if not isinstance(argument, Node)],
             "policy": view.policy,
             "columns": view.outlier_columns,
         }
     )
+
+
+def _take_smaller_switch_point(first: Node, other: Node) -> None:
+    """Lets both quantize from the fewer rows on: one of them would be left without codes otherwise."""
+    smaller = min(first.args[SMALL_M], other.args[SMALL_M])  # type: ignore[type-var]
+    for node in (first, _refresh_of(first)):
+        if node is not None:
+            node.args = (*node.args[:SMALL_M], smaller, *node.args[SMALL_M + 1 :])
 
 
 def _getitems(node: Node) -> dict[int, Node]:
@@ -83,6 +94,7 @@ class ShareQuantize(Pass):
 
     def _merge(self, graph: CapturedGraph, context: PassContext, first: Node, other: Node) -> None:
         self._join_states(graph, context, first, other)
+        _take_smaller_switch_point(first, other)
         kept_refresh, other_refresh = _refresh_of(first), _refresh_of(other)
         if kept_refresh is not None and other_refresh is not None:
             self._join_refreshes(graph, kept_refresh, other_refresh)

@@ -91,13 +91,24 @@ def test_other_calibrated_columns_are_not_shared() -> None:
     assert found["v_proj"].startswith("skipped: reads a value that others quantize")
 
 
-def test_another_switch_point_is_not_shared() -> None:
-    graph = captured(Attention(), "dynamo")
-    run(graph, SHARED.removesuffix(",share-quantize"))
-    first = nodes_of(graph, "quantize_online")[0]
-    first.args = (*first.args[:-2], 16, first.args[-1])
-    history = run(graph, SHARED)
-    assert reasons(history, "share-quantize")["k_proj"].startswith("skipped")
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_the_smallest_switch_point_serves_all(which: int) -> None:
+    """Linears of several widths (q beside narrow k and v) may switch at other numbers of rows."""
+    torch.manual_seed(0)
+    model, store = Attention(), WeightStore()
+    graph = captured(model, "dynamo")
+    run(graph, SHARED.removesuffix(",share-quantize"), weights=store)
+    places = {"quantize_online": nodes_of(graph, "quantize_online")}
+    places["refresh_outlier_weights"] = nodes_of(graph, "refresh_outlier_weights")
+    for nodes in places.values():
+        for place, node in enumerate(nodes[:3]):
+            node.args = (*node.args[:-2], 4 if place == which else 16, node.args[-1])
+    run(graph, f"{SHARED},fuse-epilogue", weights=store)
+    assert nodes_of(graph, "quantize_online")[0].args[-2] == 4
+    assert nodes_of(graph, "refresh_outlier_weights")[0].args[-2] == 4
+    assert [node.args[-2] for node in nodes_of(graph, "mixed_linear")][:3] == [4, 4, 4]
+    x = rows(6, columns=(3,))
+    assert sqnr(model(x), call(graph, x)) > 30
 
 
 @pytest.mark.parametrize("route", ROUTES)
