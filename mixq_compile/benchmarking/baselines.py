@@ -102,7 +102,7 @@ def require(package: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(package)
-    except Exception as error:
+    except Exception as error:  # built for another torch or GPU, a package raises what it likes
         raise PeerMissing(f"{package.split('.')[0]} cannot be imported ({first_line(error)})") from error
 
 
@@ -170,7 +170,7 @@ def build_peers(
     for name in names:
         try:
             built[name] = _BUILDERS[name](weight, x)
-        except Exception as error:
+        except Exception as error:  # whatever keeps a peer from running is recorded as its reason
             missing[name] = first_line(error)
     return built, missing
 

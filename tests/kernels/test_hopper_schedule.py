@@ -37,6 +37,8 @@ def pieces_of(program: int, tiles: int, steps: int, given: int, monkeypatch: pyt
         where=lambda condition, left, right: left if condition else right,
     )
     monkeypatch.setattr(hopper_schedule, "gl", fake)
+    number_of_program = python(hopper_schedule._number_of_program)
+    monkeypatch.setattr(hopper_schedule, "_number_of_program", number_of_program)
     count = python(hopper_schedule.count_pieces)(tiles, given > 0)
     piece = python(hopper_schedule.piece)
     return [piece(number, tiles, steps, given, given > 0) for number in range(count)]
@@ -70,10 +72,29 @@ def test_sums_are_there_before_their_owner_needs_them(
                 time += STEPS_OF_A_HANDOVER
                 left[tile] = time
             elif last < steps:
-                assert tile % PROGRAMS == program, "a shared tile's flag is its owner's number"
                 needed[tile] = time
     assert left.keys() == needed.keys()
     assert all(left[tile] <= needed[tile] for tile in needed)
+
+
+@pytest.mark.parametrize(("tiles", "steps"), CASES.values(), ids=CASES)
+def test_helpers_start_before_the_owners_that_wait_for_them(
+    tiles: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else owners could hold every multiprocessor while their helpers wait for one."""
+    given = shared_steps(tiles, steps, PROGRAMS)
+    helpers, owners, flags = {}, {}, set()
+    for program in range(min(tiles, PROGRAMS)):
+        for tile, first, last in pieces_of(program, tiles, steps, given, monkeypatch):
+            if first > 0:
+                helpers[tile] = program
+            elif last < steps:
+                owners[tile] = program
+                flags.add(tile % PROGRAMS)
+    assert helpers.keys() == owners.keys()
+    assert len(flags) == len(owners), "two shared tiles have one flag"
+    if owners:
+        assert max(helpers.values()) < min(owners.values())
 
 
 @pytest.mark.parametrize(("tiles", "steps"), CASES.values(), ids=CASES)

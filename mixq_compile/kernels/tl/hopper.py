@@ -154,15 +154,13 @@ def _multiply_tiles(
             turn += 1
         accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
         mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1)
+        owner = tile % gl.num_programs(0)
         if SHARES and first_step > 0:
-            owner = tile % gl.num_programs(0)
             _leave_sums(partial_sums, handovers, owner, accumulator, BLOCK_M, BLOCK_N)
         else:
             if SHARES and last_step < steps:
                 # Not before the loop: where products begin with loaded sums, ptxas runs them one by one.
-                accumulator = _add_left_sums(
-                    partial_sums, handovers, gl.program_id(0), accumulator, BLOCK_M, BLOCK_N
-                )
+                accumulator = _add_left_sums(partial_sums, handovers, owner, accumulator, BLOCK_M, BLOCK_N)
             result = accumulator.to(gl.float32)
             result = result * gl.expand_dims(row_scale, 1) * gl.expand_dims(feature_scale, 0)
             result = gl.convert_layout(result, layout)

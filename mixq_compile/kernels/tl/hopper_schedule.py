@@ -4,8 +4,10 @@
 Tiles are dealt out in waves of one tile a program. Where the last wave would leave many programs idle,
 its tiles are *shared*: those programs become helpers, and take the last steps along K of each tile off
 its owner. Helpers do that before their tile of the last full wave, owners come to the shared tile after
-theirs, so that the helper's sums have been in memory for a while when the owner starts from them. They are
-integers, so the result does not depend on the cut. This is Stream-K (Osama et al., PPoPP 2023) with ranges
+theirs, so that the helper's sums have been in memory for a while when the owner adds them to its own. They
+are integers, so the result does not depend on the cut. An owner waits for its helper, and helpers for nobody:
+they are the programs that start first, so that an owner never holds a multiprocessor that its helper needs,
+whatever else runs on the device. This is Stream-K (Osama et al., PPoPP 2023) with ranges
 that begin and end where tiles do: all programs but few go through K in step, on tiles beside each other,
 and so read the same rows from the L2 cache.
 """
@@ -43,9 +45,19 @@ def tile_place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _number_of_program(SHARES: gl.constexpr):
+    """This program's number in the schedule: helpers have the highest, and start first."""
+    if SHARES:
+        number = gl.num_programs(0) - 1 - gl.program_id(0)
+    else:
+        number = gl.program_id(0)
+    return number
+
+
+@gluon.jit
 def count_pieces(tiles, SHARES: gl.constexpr):
     """How many pieces of work this program has."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
+    program, programs = _number_of_program(SHARES), gl.num_programs(0)
     pieces = gl.cdiv(tiles - program, programs)
     if SHARES:
         shared = tiles % programs
@@ -60,7 +72,7 @@ def piece(number, tiles, steps, shared_steps, SHARES: gl.constexpr):
 
     The last `shared_steps` steps of a shared tile are its helper's.
     """
-    program, programs = gl.program_id(0), gl.num_programs(0)
+    program, programs = _number_of_program(SHARES), gl.num_programs(0)
     tile = number * programs + program
     first = 0
     last = steps
