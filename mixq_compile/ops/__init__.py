@@ -1,5 +1,6 @@
 """Operators of the `mixq::` namespace, their providers and the outlier state they change."""
 
+from mixq_compile.ops.activated_linear import activated_linear
 from mixq_compile.ops.declarations import (
     dequantize,
     mixed_gemm,
@@ -16,6 +17,7 @@ from mixq_compile.ops.quantized_linear import quantized_linear
 
 __all__ = [
     "OutlierState",
+    "activated_linear",
     "activation_quantize",
     "dequantize",
     "linear",

@@ -13,7 +13,10 @@ from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
-WEIGHT_ARGUMENT = {"mixed_gemm": 3, "mixed_linear": 5, "weight_only_linear": 1, "quantized_linear": 9}
+WEIGHT_ARGUMENT = {
+    "mixed_gemm": 3, "mixed_linear": 5, "activated_linear": 5, "weight_only_linear": 1,
+    "quantized_linear": 9,
+}  # fmt: skip
 """Where an operator takes its weight codes: their dtype tells the bits."""
 SOURCE_ARGUMENT = {"mixed_gemm": 1, "refresh_outlier_weights": 4, "quantized_linear": 7}
 """Which argument tells device and dtype, where that is not the first."""

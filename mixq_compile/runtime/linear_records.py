@@ -19,6 +19,7 @@ from mixq_compile.runtime.weight_store import STORE
 aten, mixq = torch.ops.aten, torch.ops.mixq
 PRODUCTS = {
     mixq.mixed_linear.default: 1,
+    mixq.activated_linear.default: 1,
     mixq.quantized_linear.default: 0,
     mixq.mixed_gemm.default: 0,
     mixq.weight_only_linear.default: None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import declarations
+from mixq_compile.ops.activated_linear import activated_linear
 from mixq_compile.ops.linear import linear
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.prologues import activation_quantize, norm_quantize
@@ -29,6 +30,7 @@ OPERATORS: dict[str, Any] = {
         "weight_only_linear",
     )
 } | {
+    "activated_linear": activated_linear,
     "linear": linear,
     "quantized_linear": quantized_linear,
     "norm_quantize": norm_quantize,
@@ -157,6 +159,11 @@ def _mixed_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _activated_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
+    *operands, small_m, kernel = _mixed_linear(t, shape)
+    return *operands, "silu", shape.out_features % 2 == 0, small_m, kernel
+
+
 def _weight_only(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     return t.x, t.codes, t.scale, t.bias, "ref"
 
@@ -201,6 +208,7 @@ ARGUMENTS: dict[str, Callable[[Tensors, Shape], tuple[Any, ...]]] = {
     "mixed_gemm": _mixed_gemm,
     "dequantize": _dequantize,
     "mixed_linear": _mixed_linear,
+    "activated_linear": _activated_linear,
     "weight_only_linear": _weight_only,
     "linear": _linear,
     "quantized_linear": _quantized_linear,

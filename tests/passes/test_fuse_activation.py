@@ -6,6 +6,7 @@ from torch import nn
 
 import mixq_compile as mixq
 from mixq_compile.ops.providers import KernelQuery, rejections
+from mixq_compile.passes import fuse_activation
 
 
 class FeedForward(nn.Module):
@@ -64,9 +65,27 @@ def test_leaves_alone_what_others_read(model, reason):
     assert [decision.reason for decision in record.decisions] == [reason]
 
 
-def test_leaves_other_functions_alone():
+def test_leaves_functions_alone_that_no_kernel_has():
     _, record = fused(FeedForward(nn.GELU(approximate="tanh")), (torch.randn(300, 64),))
+    assert [decision.reason for decision in record.decisions] == ["no kernel does both on cpu"]
+    _, record = fused(FeedForward(torch.sigmoid), (torch.randn(300, 64),))
     assert not record.decisions
+
+
+@pytest.mark.parametrize("function", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_goes_into_the_linear_alone_where_only_that_kernel_is_there(function, monkeypatch):
+    torch.manual_seed(0)
+    functions = {"gelu_tanh": nn.GELU(approximate="tanh")}
+    model = FeedForward(functions.get(function) or getattr(nn.functional, function))
+    monkeypatch.setattr(fuse_activation, "why_no_kernel", lambda graph, product: None)
+    monkeypatch.setattr(fuse_activation, "QUANTIZING", ())
+    x = torch.randn(300, 64)
+    rewritten, record = fused(model, (x,))
+    (decision,) = record.decisions
+    assert decision.reason.startswith(f"{function} goes into the linear; the quantization stays")
+    assert torch.ops.mixq.activated_linear.default in {node.target for node in rewritten.graph.nodes}
+    wanted, found = model(x), rewritten.module()(x)
+    assert (found - wanted).norm() / wanted.norm() < 0.02
 
 
 def test_the_report_still_knows_both_linears():

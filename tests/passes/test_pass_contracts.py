@@ -27,6 +27,10 @@ BEFORE = {
         "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
         "fuse-epilogue"
     ),
+    "fuse-gate": (
+        "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
+        "fuse-epilogue,merge-siblings{when=always}"
+    ),
     "merge-siblings": (
         "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
         "fuse-epilogue"
@@ -39,7 +43,7 @@ BEFORE = {
 }
 """Passes to run before one, where that is not the passes before it in `jit`."""
 
-OPTIONS = {"merge-siblings": {"when": "always"}, "fuse-prologue": {"when": "always"}}
+OPTIONS = {name: {"when": "always"} for name in ("merge-siblings", "fuse-gate", "fuse-prologue")}
 """Options of a pass under which it has something to do on a CPU."""
 
 

@@ -9,7 +9,7 @@ ahead into the next output tile while this one is stored. `hopper_schedule` deal
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ from mixq_compile.kernels.tl.hopper_schedule import (
     piece,
     shared_steps,
     tile_place,
+)
+from mixq_compile.kernels.tl.hopper_sums import add_left_sums, leave_sums
+from mixq_compile.kernels.tl.hopper_tiles import (
+    DEPTH,
+    LARGEST_TILE,
+    SHARED_MEMORY,
+    Tile,
+    parts_stored,
+    shared_memory,
 )
 from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP
 from mixq_compile.kernels.tl.toolkit import (
@@ -53,31 +62,34 @@ except ImportError:
 else:
     HAS_GLUON = True
 
-DEPTH = 128
-"""Bytes of K in one buffer: 128 codes, or 64 outlier columns of 16 bits."""
 LOADING_WARP_REGISTERS = 24
 REGISTERS_FOR_TWO = 128
 """Registers of a thread on entry that leave room for two programs of 8 warps on a multiprocessor."""
 LARGEST_INTEGER_INSTRUCTION = 128
-SHARED_MEMORY = 232448 - 2048
+FUNCTIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
+"""Activation functions of the epilogue; a kernel knows them by their place."""
 _COUNT = gl.constexpr(COUNT)
+_RELU, _SILU, _GELU, _GELU_TANH = (gl.constexpr(place) for place in range(1, len(FUNCTIONS)))
 
 
-class Tile(NamedTuple):
-    """Rows and columns of an output tile, buffers in the ring, and warps that multiply."""
-
-    rows: int
-    features: int
-    buffers: int
-    warps: int
+@gluon.jit
+def _load_right(weight, buffer, ready, across, features, column, GATED: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Rows of a weight: one block, or where gated a block of gates over the block of what they multiply."""
+    if GATED:
+        half: gl.constexpr = BLOCK_N // 2
+        gates, values = buffer.slice(0, half), buffer.slice(half, half)
+        tma.async_copy_global_to_shared(weight, [across * half, column], ready, gates)
+        tma.async_copy_global_to_shared(weight, [features + across * half, column], ready, values)
+    else:
+        tma.async_copy_global_to_shared(weight, [across * BLOCK_N, column], ready, buffer)
 
 
 @gluon.jit
 def _load_tiles(
     codes, weight, outliers, outlier_weight, left_ring, right_ring, ready, empty,
-    row_tiles, column_tiles, steps, outlier_steps, steps_shared,
-    HAS_SLOTS: gl.constexpr, SHARES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr,
+    row_tiles, column_tiles, steps, outlier_steps, steps_shared, features,
+    HAS_SLOTS: gl.constexpr, GATED: gl.constexpr, SHARES: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     turn = 0
     tiles = row_tiles * column_tiles
@@ -91,9 +103,10 @@ def _load_tiles(
             tma.async_copy_global_to_shared(
                 codes, [down * BLOCK_M, step * BLOCK_K], ready.index(place), left_ring.index(place)
             )
-            tma.async_copy_global_to_shared(
-                weight, [across * BLOCK_N, step * BLOCK_K], ready.index(place), right_ring.index(place)
-            )
+            _load_right(
+                weight, right_ring.index(place), ready.index(place), across, features, step * BLOCK_K,
+                GATED, BLOCK_N,
+            )  # fmt: skip
             turn += 1
         if HAS_SLOTS:
             # The owner of a tile, who begins it, also ends it.
@@ -111,10 +124,53 @@ def _load_tiles(
                 tma.async_copy_global_to_shared(
                     outliers, [down * BLOCK_M, first_slot], ready.index(place), left
                 )
-                tma.async_copy_global_to_shared(
-                    outlier_weight, [across * BLOCK_N, first_slot], ready.index(place), right
+                _load_right(
+                    outlier_weight, right, ready.index(place), across, features, first_slot, GATED, BLOCK_N
                 )
                 turn += 1
+
+
+@gluon.jit
+def _rows_of_weight(across, features, GATED: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    """Which rows of the weight the columns of a tile are, and which of them exist."""
+    column = gl.arange(0, BLOCK_N, layout)
+    if GATED:
+        half: gl.constexpr = BLOCK_N // 2
+        feature = across * half + column % half
+        weight_row = gl.where(column < half, feature, features + feature)
+    else:
+        feature = across * BLOCK_N + column
+        weight_row = feature
+    return weight_row, feature < features
+
+
+@gluon.jit
+def _halves(tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The left and the right half of a tile's columns; a thread keeps what it holds."""
+    return gl.split(gl.permute(gl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def activated(x, FUNCTION: gl.constexpr):
+    """The activation function of fp32 numbers."""
+    if FUNCTION == _RELU:
+        x = gl.where(x < 0.0, 0.0, x)
+    elif FUNCTION == _SILU:
+        x = x / (1.0 + gl.exp(-x))
+    elif FUNCTION == _GELU:
+        # The normal distribution's tail by Abramowitz and Stegun 7.1.26, of absolute error below 1e-7, at a
+        # third of the instructions of erf.
+        root = gl.abs(x) * 0.7071067811865476
+        t = 1.0 / (1.0 + 0.3275911 * root)
+        series = t * (
+            0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+        )
+        tail = 0.5 * series * gl.exp(-root * root)
+        x = x * gl.where(x < 0.0, tail, 1.0 - tail)
+    elif FUNCTION == _GELU_TANH:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        x = x / (1.0 + gl.exp(-2.0 * inner))
+    return x
 
 
 @gluon.jit
@@ -122,9 +178,10 @@ def _multiply_tiles(
     outliers, outlier_weight, out, scale, weight_scale, bias, partial_sums, handovers,
     left_ring, right_ring, staging, ready, empty,
     row_tiles, column_tiles, steps, outlier_steps, steps_shared, rows, features,
-    HAS_SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr, SHARES: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr,
-    PARTS: gl.constexpr, INSTRUCTION: gl.constexpr, WARPS: gl.constexpr,
+    HAS_SLOTS: gl.constexpr, HAS_BIAS: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
+ SHARES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
+    INSTRUCTION: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     # The two layouts differ in the depth of an instruction only: converting moves no data.
     integer_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -139,9 +196,11 @@ def _multiply_tiles(
         tile, first_step, last_step = piece(number, tiles, steps, steps_shared, SHARES)
         down, across = tile_place(tile, row_tiles, column_tiles, GROUP)
         row = down * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, integer_layout))
-        feature = across * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, integer_layout))
         row_scale = gl.load(scale + row, mask=row < rows, other=0.0)
-        feature_scale = gl.load(weight_scale + feature, mask=feature < features, other=0.0)
+        weight_row, inside = _rows_of_weight(
+            across, features, GATED, BLOCK_N, gl.SliceLayout(0, integer_layout)
+        )
+        feature_scale = gl.load(weight_scale + weight_row, mask=inside, other=0.0)
         accumulator = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, integer_layout)
         for step in range(first_step, last_step):
             place = turn % BUFFERS
@@ -156,11 +215,11 @@ def _multiply_tiles(
         mbarrier.arrive(empty.index((turn + BUFFERS - 1) % BUFFERS), count=1)
         owner = tile % gl.num_programs(0)
         if SHARES and first_step > 0:
-            _leave_sums(partial_sums, handovers, owner, accumulator, BLOCK_M, BLOCK_N)
+            leave_sums(partial_sums, handovers, owner, accumulator, BLOCK_M, BLOCK_N)
         else:
             if SHARES and last_step < steps:
                 # Not before the loop: where products begin with loaded sums, ptxas runs them one by one.
-                accumulator = _add_left_sums(partial_sums, handovers, owner, accumulator, BLOCK_M, BLOCK_N)
+                accumulator = add_left_sums(partial_sums, handovers, owner, accumulator, BLOCK_M, BLOCK_N)
             result = accumulator.to(gl.float32)
             result = result * gl.expand_dims(row_scale, 1) * gl.expand_dims(feature_scale, 0)
             result = gl.convert_layout(result, layout)
@@ -179,67 +238,25 @@ def _multiply_tiles(
                     mbarrier.arrive(empty.index(place), count=1)
                     turn += 1
             if HAS_BIAS:
-                column = across * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-                added = gl.load(bias + column, mask=column < features, other=0.0).to(gl.float32)
+                weight_row, inside = _rows_of_weight(
+                    across, features, GATED, BLOCK_N, gl.SliceLayout(0, layout)
+                )
+                added = gl.load(bias + weight_row, mask=inside, other=0.0).to(gl.float32)
                 result += gl.expand_dims(added, 0)
-            rounded = result.to(out.dtype)
-            if PARTS == 2:
-                halves = gl.permute(gl.reshape(rounded, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1))
-                left_half, right_half = gl.split(halves)
-                _store_part(out, staging, left_half, down * BLOCK_M, across * BLOCK_N)
-                _store_part(out, staging, right_half, down * BLOCK_M, across * BLOCK_N + BLOCK_N // 2)
+            if GATED:
+                gates, values = _halves(result, BLOCK_M, BLOCK_N)
+                finished = activated(gates, FUNCTION) * values
+                _store_part(out, staging, finished.to(out.dtype), down * BLOCK_M, across * (BLOCK_N // 2))
             else:
-                _store_part(out, staging, rounded, down * BLOCK_M, across * BLOCK_N)
+                result = activated(result, FUNCTION)
+                rounded = result.to(out.dtype)
+                if PARTS == 2:
+                    left_half, right_half = _halves(rounded, BLOCK_M, BLOCK_N)
+                    _store_part(out, staging, left_half, down * BLOCK_M, across * BLOCK_N)
+                    _store_part(out, staging, right_half, down * BLOCK_M, across * BLOCK_N + BLOCK_N // 2)
+                else:
+                    _store_part(out, staging, rounded, down * BLOCK_M, across * BLOCK_N)
     tma.store_wait(pendings=0)
-
-
-@gluon.jit
-def _by_thread(sums, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """A matrix of accumulators as `[threads, values of a thread]`: its layout says so, nothing moves."""
-    split = gl.reshape(sums, [BLOCK_M // 16, 2, 8, BLOCK_N // 8, 4, 2])
-    return gl.reshape(gl.permute(split, [0, 2, 4, 3, 1, 5]), [BLOCK_M * 2, BLOCK_N // 2])
-
-
-@gluon.jit
-def _of_matrix(sums, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The inverse of `_by_thread`."""
-    split = gl.reshape(sums, [BLOCK_M // 16, 8, 4, BLOCK_N // 8, 2, 2])
-    return gl.reshape(gl.permute(split, [0, 4, 1, 3, 2, 5]), [BLOCK_M, BLOCK_N])
-
-
-@gluon.jit
-def _places(partial_sums, owner, layout: gl.constexpr, THREADS: gl.constexpr, VALUES: gl.constexpr):
-    """Four values of a thread beside the next thread's four, so that a warp's accesses are contiguous."""
-    thread = gl.arange(0, THREADS, gl.SliceLayout(1, layout))
-    value = gl.arange(0, VALUES, gl.SliceLayout(0, layout))
-    place = (value // 4) * (4 * THREADS) + value % 4
-    return (
-        partial_sums + owner * (THREADS * VALUES) + gl.expand_dims(thread * 4, 1) + gl.expand_dims(place, 0)
-    )
-
-
-@gluon.jit
-def _add_left_sums(partial_sums, handovers, owner, accumulator, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Waits for what a helper leaves, adds it, and takes the flag down for the next launch."""
-    while gl.atomic_add(handovers + owner, 0, sem="acquire") == 0:
-        pass
-    gl.thread_barrier()
-    values = _by_thread(accumulator, BLOCK_M, BLOCK_N)
-    layout: gl.constexpr = values.type.layout
-    places = _places(partial_sums, owner, layout, BLOCK_M * 2, BLOCK_N // 2)
-    values += gl.load(places, cache_modifier=".cg")
-    gl.store(handovers + owner, 0)
-    return gl.convert_layout(_of_matrix(values, BLOCK_M, BLOCK_N), accumulator.type.layout)
-
-
-@gluon.jit
-def _leave_sums(partial_sums, handovers, owner, accumulator, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    values = _by_thread(accumulator, BLOCK_M, BLOCK_N)
-    layout: gl.constexpr = values.type.layout
-    gl.store(_places(partial_sums, owner, layout, BLOCK_M * 2, BLOCK_N // 2), values)
-    # All threads must have stored before the flag of one publishes that.
-    gl.thread_barrier()
-    gl.atomic_xchg(handovers + owner, 1, sem="release")
 
 
 @gluon.jit
@@ -260,7 +277,7 @@ def _specialized_warps(
     weight_scale,  # [N] fp32
     outlier_weight,  # [N, C]
     bias,  # [N]
-    out,  # [M, N], stored in PARTS of a tile
+    out,  # [M, N], stored in PARTS of a tile; where gated [M, N / 2]
     partial_sums,  # int32, a tile for each owner
     handovers,  # int32, a flag for each owner
     rows,
@@ -269,6 +286,8 @@ def _specialized_warps(
     steps_shared,
     HAS_SLOTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    FUNCTION: gl.constexpr,
+    GATED: gl.constexpr,
     SHARES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -282,7 +301,8 @@ def _specialized_warps(
 ):
     left_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_M, BLOCK_K], codes.layout)
     right_ring = gl.allocate_shared_memory(gl.int8, [BUFFERS, BLOCK_N, BLOCK_K], weight.layout)
-    staging = gl.allocate_shared_memory(out.dtype, [BLOCK_M, BLOCK_N // PARTS], out.layout)
+    features_of_tile: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    staging = gl.allocate_shared_memory(out.dtype, [BLOCK_M, features_of_tile // PARTS], out.layout)
     ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(BUFFERS):
@@ -290,7 +310,7 @@ def _specialized_warps(
         mbarrier.init(empty.index(place), count=1)
     gdc_launch_dependents()
     gdc_wait()
-    row_tiles, column_tiles = gl.cdiv(rows, BLOCK_M), gl.cdiv(features, BLOCK_N)
+    row_tiles, column_tiles = gl.cdiv(rows, BLOCK_M), gl.cdiv(features, features_of_tile)
     steps = gl.cdiv(columns, BLOCK_K)
     outlier_steps = 0
     if HAS_SLOTS:
@@ -301,13 +321,13 @@ def _specialized_warps(
                 outliers, outlier_weight, out, scale, weight_scale, bias, partial_sums, handovers,
                 left_ring, right_ring, staging, ready, empty,
                 row_tiles, column_tiles, steps, outlier_steps, steps_shared, rows, features,
-                HAS_SLOTS, HAS_BIAS, SHARES, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP, PARTS, INSTRUCTION,
-                num_warps,
+                HAS_SLOTS, HAS_BIAS, FUNCTION, GATED, SHARES,
+                BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP, PARTS, INSTRUCTION, num_warps,
             )),
             (_load_tiles, (
                 codes, weight, outliers, outlier_weight, left_ring, right_ring, ready, empty,
-                row_tiles, column_tiles, steps, outlier_steps, steps_shared,
-                HAS_SLOTS, SHARES, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP,
+                row_tiles, column_tiles, steps, outlier_steps, steps_shared, features,
+                HAS_SLOTS, GATED, SHARES, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, GROUP,
             )),
         ],
         [1],
@@ -321,37 +341,6 @@ def available(device: torch.device) -> bool:
     return HAS_GLUON and not interpreting() and capability(device)[0] == 9
 
 
-def shared_memory(tile: Tile) -> int:
-    """Bytes of shared memory a program of this tile takes, barriers aside."""
-    staging = tile.rows * tile.features * 2 // _parts(tile)
-    return tile.buffers * (tile.rows + tile.features) * DEPTH + staging
-
-
-def _parts(tile: Tile) -> int:
-    return 2 if tile.features > 128 else 1
-
-
-LARGEST_TILE = Tile(128, 256, 4, 8)
-"""The only one that is shared: the others are for calls with little work."""
-TILES = (
-    (64, (Tile(64, 128, 6, 4), Tile(64, 64, 6, 4), Tile(64, 32, 8, 4))),
-    (128, (Tile(128, 128, 6, 8), Tile(128, 64, 8, 8))),
-    (256, (Tile(64, 128, 8, 4), Tile(64, 64, 6, 4))),
-    (768, (Tile(128, 128, 6, 8), Tile(64, 128, 8, 4))),
-    (None, (LARGEST_TILE, Tile(128, 128, 6, 8), Tile(64, 128, 8, 4))),
-)
-"""Up to so many rows: the tiles to choose from, the one that reads least first."""
-
-
-def choose_tile(rows: int, features: int, programs: int) -> Tile:
-    """The first tile that gives work to at least 60 % of so many multiprocessors, else the last."""
-    candidates = next(tiles for most, tiles in TILES if most is None or rows <= most)
-    for tile in candidates:
-        if 10 * ceil_div(rows, tile.rows) * ceil_div(features, tile.features) >= 6 * programs:
-            return tile
-    return candidates[-1]
-
-
 def _describe(matrix: Tensor, block: list[int]) -> Any:
     dtype = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[matrix.dtype]
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
@@ -360,11 +349,16 @@ def _describe(matrix: Tensor, block: list[int]) -> Any:
 
 def launch(
     codes: Tensor, scale: Tensor, outliers: Tensor, count: Tensor, weight: Tensor, weight_scale: Tensor,
-    outlier_weight: Tensor, bias: Tensor | None, out: Tensor, tile: Tile,
+    outlier_weight: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, function: str = "none",
+    gated: bool = False,
 ) -> None:  # fmt: skip
-    """Takes 16-bit outliers and results and 8-bit weights, in matrices that descriptors can address."""
-    (rows, columns), features, slots = codes.shape, weight.shape[0], outliers.shape[1]
-    tiles = ceil_div(rows, tile.rows) * ceil_div(features, tile.features)
+    """Takes 16-bit outliers and results and 8-bit weights, in matrices that descriptors can address.
+
+    Where gated, the first half of the weight's rows makes gates for what the second half makes.
+    """
+    (rows, columns), features, slots = codes.shape, out.shape[1], outliers.shape[1]
+    block_n = tile.features // 2 if gated else tile.features
+    tiles = ceil_div(rows, tile.rows) * ceil_div(features, block_n)
     resident = 2 if tile.warps == 4 and 2 * shared_memory(tile) <= SHARED_MEMORY else 1
     programs = min(tiles, resident * multiprocessors(codes.device))
     handovers, partial_sums = None, None
@@ -376,16 +370,17 @@ def launch(
     else:
         sums = tiles % programs * tile.rows * tile.features
         partial_sums = torch.empty(sums, dtype=torch.int32, device=codes.device)
-    left, right = [tile.rows, DEPTH // 2], [tile.features, DEPTH // 2]
-    parts = _parts(tile)
+    left, right = [tile.rows, DEPTH // 2], [block_n, DEPTH // 2]
+    parts = 1 if gated else parts_stored(tile)
     _specialized_warps[(programs,)](
         _describe(codes, [tile.rows, DEPTH]), scale,
         _describe(outliers, left) if slots else None, count,
-        _describe(weight, [tile.features, DEPTH]), weight_scale,
+        _describe(weight, [block_n, DEPTH]), weight_scale,
         _describe(outlier_weight, right) if slots else None, bias,
-        _describe(out, [tile.rows, tile.features // parts]), partial_sums, handovers,
+        _describe(out, [tile.rows, block_n // parts]), partial_sums, handovers,
         rows, features, columns, given,
-        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None, SHARES=given > 0,
+        HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None, FUNCTION=FUNCTIONS.index(function), GATED=gated,
+        SHARES=given > 0,
         BLOCK_M=tile.rows, BLOCK_N=tile.features, BLOCK_K=DEPTH, BUFFERS=tile.buffers,
         GROUP=TILES_PER_GROUP, PARTS=parts,
         INSTRUCTION=min(tile.features, LARGEST_INTEGER_INSTRUCTION), REGISTERS=LOADING_WARP_REGISTERS,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.kernels.tl import hopper, measured
+from mixq_compile.kernels.tl.hopper_tiles import choose_tile
 from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP, integer_tile, outlier_tile, tile_place
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
@@ -260,7 +261,7 @@ def mixed_linear(
         if not (describes and describable(code_rows, outlier_rows, weight, outlier_weight, matrix)):
             launch_pointers(*arguments, pointer_tile(rows, x.dtype))
         elif hopper.available(x.device):
-            hopper.launch(*arguments, hopper.choose_tile(rows, features, multiprocessors(x.device)))
+            hopper.launch(*arguments, choose_tile(rows, features, multiprocessors(x.device)))
         else:
             launch_descriptors(*arguments, descriptor_tile(rows))
     return out

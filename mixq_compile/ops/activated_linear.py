@@ -1,0 +1,65 @@
+"""`mixq::activated_linear`: a linear and the activation function of its result, with or without a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixq_compile.ops.declarations import LAYOUT
+from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.weight_codes import weight_bits
+
+FUNCTIONS = ("relu", "silu", "gelu", "gelu_tanh")
+"""`gelu` is the exact one, by the error function."""
+
+
+@torch.library.custom_op("mixq::activated_linear", mutates_args=(), tags=LAYOUT)
+def activated_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    outliers: Tensor,
+    count: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    function: str,
+    gated: bool,
+    small_m: int,
+    kernel: str,
+) -> Tensor:
+    """`function(y)` for y = `mixed_linear(…)`; where gated `function(gates) * values`, the two halves of y.
+
+    All but function and gated is as in `mixed_linear`. Returns `[..., N]`, where gated `[..., N / 2]`, in x's
+    dtype: computed in fp32 and rounded once, but at most `small_m` rows round y too.
+    """
+    return run(  # type: ignore[no-any-return]
+        "activated_linear", kernel, x, weight_bits(weight_codes),
+        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, function, gated,
+        small_m,
+    )  # fmt: skip
+
+
+@activated_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    outliers: Tensor,
+    count: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    function: str,
+    gated: bool,
+    *others: Any,
+) -> Tensor:
+    features = weight_codes.shape[0]
+    return x.new_empty((*x.shape[:-1], features // 2 if gated else features))
+
+
+declare(activated_linear._name, activated_linear._init_fn)
