@@ -9,7 +9,7 @@ demo: $(VENV)/demo
 	$(VENV)/bin/mixq demo
 
 test: $(VENV)/dev lint
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -q -n 2 tests/kernels/test_triton_interpreter.py tests/kernels/test_triton_prologues.py
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -q -n 2 tests/kernels/test_triton_interpreter.py
 	ONEDNN_MAX_CPU_ISA=AVX2 $(PYTHON) -m pytest -q tests/kernels/test_cpu.py
 	$(PYTHON) -m pytest -q -n 2
 

@@ -12,18 +12,15 @@ from mixq_compile.ops.declarations import (
 )
 from mixq_compile.ops.linear import linear
 from mixq_compile.ops.outlier_state import OutlierState
-from mixq_compile.ops.prologues import activation_quantize, norm_quantize
 from mixq_compile.ops.quantized_linear import quantized_linear
 
 __all__ = [
     "OutlierState",
     "activated_linear",
-    "activation_quantize",
     "dequantize",
     "linear",
     "mixed_gemm",
     "mixed_linear",
-    "norm_quantize",
     "quantize",
     "quantize_online",
     "quantized_linear",

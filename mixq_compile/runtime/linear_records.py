@@ -25,8 +25,6 @@ PRODUCTS = {
     mixq.weight_only_linear.default: None,
 }
 """Where a product takes its codes; None where it takes none."""
-INDEX_ARGUMENT: dict[Any, int] = {mixq.norm_quantize.default: 3, mixq.activation_quantize.default: 2}
-"""Where a quantization takes the first buffer of its state, if that is not the second argument."""
 
 
 def _quantization_of(product: Node) -> Node | None:
@@ -37,7 +35,7 @@ def _quantization_of(product: Node) -> Node | None:
 
 
 def _state_of(graph: CapturedGraph, quantized: Node, weight: Tensor) -> OutlierState | None:
-    index = graph.tensor(quantized.args[INDEX_ARGUMENT.get(quantized.target, 1)])
+    index = graph.tensor(quantized.args[1])
     return next((state for state in STORE.states([weight]) if state.index is index), None)
 
 

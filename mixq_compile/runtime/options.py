@@ -34,7 +34,6 @@ _NAMES: dict[str, Callable[[], Sequence[str]]] = {
     "on_error": lambda: ON_ERROR,
     "mode": torch_compat.mode_names,
     "merge_siblings": lambda: WHEN,
-    "fuse_prologue": lambda: WHEN,
     "kernel": lambda: (AUTO, *provider_names()),
 }
 """Options that are one of several names, and what gives the valid ones."""
@@ -66,8 +65,6 @@ class MixqOptions:
     """One kernel for every batch size: the same row gives the same bits in any batch."""
     merge_siblings: str = "auto"
     """One product for linears that read one value: auto (where the kernels gain by it), always or never."""
-    fuse_prologue: str = "auto"
-    """Norms and activation functions in the kernel that quantizes their result: auto, always or never."""
     release_weights: bool = False
     """Free the 16-bit weights after packing. Destructive: the model cannot run uncompiled any more."""
     mode: str | None = None

@@ -36,7 +36,6 @@ def _pass_options(options: MixqOptions) -> dict[str, dict[str, Any]]:
             "kernel": options.kernel,
         },
         "merge-siblings": {"when": options.merge_siblings, "kernel": options.kernel},
-        "fuse-prologue": {"when": options.fuse_prologue, "kernel": options.kernel},
         "select-kernels": {"kernel": options.kernel},
     }
 

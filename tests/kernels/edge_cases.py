@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import declarations as ops
+from mixq_compile.ops.activated_linear import activated_linear
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import dequantize_weight, quantize_weight
 from mixq_compile.scheme import TensorFormat
@@ -324,6 +325,29 @@ def product(tensors: Linear, kernel: str, small_m: int = 0, bits: int = 8) -> Te
         tensors.x, codes, scale, outliers, state.counters, tensors.codes, tensors.scale,
         tensors.outlier_weight, tensors.bias, small_m, kernel,
     )  # fmt: skip
+
+
+def activated_product(
+    tensors: Linear, kernel: str, function: str, gated: bool = False, small_m: int = 0
+) -> Tensor:
+    """The linear with an activation function, through a provider."""
+    state = tensors.state
+    codes, scale, outliers = ops.quantize(
+        tensors.x, state.index, state.column_slot, state.counters, 8, small_m, kernel
+    )
+    if state.capacity:
+        refresh(tensors, kernel, small_m)
+    return activated_linear(
+        tensors.x, codes, scale, outliers, state.counters, tensors.codes, tensors.scale,
+        tensors.outlier_weight, tensors.bias, function, gated, small_m, kernel,
+    )  # fmt: skip
+
+
+def expected_activation(product: Tensor, function: str, gated: bool = False) -> Tensor:
+    """The function of a float64 product."""
+    functions = {**vars(torch.nn.functional), "gelu_tanh": torch.nn.GELU(approximate="tanh")}
+    gates, values = product.chunk(2, dim=-1) if gated else (product, 1.0)
+    return functions[function](gates) * values
 
 
 def unfused_product(tensors: Linear, kernel: str) -> Tensor:

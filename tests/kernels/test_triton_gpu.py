@@ -100,6 +100,46 @@ def test_products_of_real_sizes(shape, weight_bits):
     assert torch.equal(edge_cases.product(tensors, "tl", small_m=2000), weight_only)
 
 
+ACTIVATED = [
+    (7, 256, 192), (64, 2064, 1024), (200, 1024, 4096), (300, 4104, 776), (700, 2048, 2080),
+    (1030, 4096, 11016), (1500, 1000, 3000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ACTIVATED)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("function", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_activation_functions(function, gated, shape):
+    """In the epilogue, and in a launch of its own for few rows and for halves of 1500 features."""
+    rows, in_features, out_features = shape
+    dtype = HALVES[rows % 2]
+    case = edge_cases.LinearCase(
+        rows, in_features, out_features, outliers=40, capacity=64, weight_bits=4 if rows == 700 else 8
+    )
+    tensors = edge_cases.linear(case, dtype, "cuda", seed=rows)
+    small_m = 16
+    found = edge_cases.activated_product(tensors, "tl", function, gated, small_m)
+    wanted = edge_cases.expected_weight_only if rows <= small_m else edge_cases.expected_product
+    expected = edge_cases.expected_activation(wanted(tensors), function, gated)
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    assert float((found.double() - expected).norm() / expected.norm()) < unit
+    assert torch.equal(edge_cases.activated_product(tensors, "tl", function, gated, small_m), found)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("function", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_activation_functions_of_any_number(function, gated):
+    """Far from zero and not finite: as torch's, to the last bits of the function's approximation."""
+    case = edge_cases.LinearCase(256, 128, 256, outliers=0, capacity=0, bias=True)
+    tensors = edge_cases.linear(case, torch.float16, "cuda")
+    tensors.bias.copy_(torch.linspace(-12, 12, 256))
+    tensors.x.mul_(1e-3)
+    tensors.x[5, 7] = torch.nan
+    found = edge_cases.activated_product(tensors, "tl", function, gated)
+    plain = edge_cases.activated_product(tensors, "ref", function, gated)
+    torch.testing.assert_close(found, plain, rtol=2e-3, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize(("rows", "features"), [(1024, 10240), (1000, 11000)])
 def test_shared_tiles(rows, features):
     """A partly filled last wave: the sums of two programs make one tile, in graphs and on streams alike."""

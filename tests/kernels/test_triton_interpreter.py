@@ -48,13 +48,14 @@ def test_fixed_columns_are_bit_identical(name):
     edge_cases.assert_same(edge_cases.quantize_fixed(case, "tl", "cpu"), expected)
 
 
-@pytest.mark.parametrize("parts_held", [0, 8])
-def test_rows_of_several_parts(parts_held, monkeypatch):
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("holds", [False, True])
+def test_rows_of_several_parts(holds, ahead, monkeypatch):
     from mixq_compile.kernels.tl import quantization
 
+    share = quantization.Share(1, 1, holds, ahead)
     monkeypatch.setattr(quantization, "ELEMENTS_PER_THREAD", 1)
-    monkeypatch.setattr(quantization, "WARPS_PER_MULTIPROCESSOR", 16)
-    monkeypatch.setattr(quantization, "PARTS_HELD", parts_held)
+    monkeypatch.setattr(quantization, "share_rows", lambda rows, columns: share)
     for name in ("ragged_columns", "not_finite"):
         case = edge_cases.ONLINE_CASES[name](torch.bfloat16)
         expected = edge_cases.learn(case, "ref", "exact", "cpu")
@@ -101,6 +102,20 @@ def test_mixed_linear(name, dtype):
     assert found.dtype == dtype
     expected = edge_cases.expected_product(tensors)
     torch.testing.assert_close(found.double(), expected, **edge_cases.tolerance(dtype))
+
+
+@pytest.mark.parametrize("small_m", [0, 1000])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("function", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_activation_functions(function, gated, small_m):
+    """Without the Hopper kernel: the product, then its function."""
+    tensors = edge_cases.linear(edge_cases.LINEAR_CASES["originals"], torch.float16, "cpu")
+    found = edge_cases.activated_product(tensors, "tl", function, gated, small_m)
+    wanted = edge_cases.expected_weight_only if small_m else edge_cases.expected_product
+    expected = edge_cases.expected_activation(wanted(tensors), function, gated)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+    same = edge_cases.activated_product(tensors, "ref", function, gated, small_m)
+    torch.testing.assert_close(found, same, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", edge_cases.LINEAR_CASES)

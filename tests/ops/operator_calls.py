@@ -13,7 +13,6 @@ from mixq_compile.ops import declarations
 from mixq_compile.ops.activated_linear import activated_linear
 from mixq_compile.ops.linear import linear
 from mixq_compile.ops.outlier_state import OutlierState
-from mixq_compile.ops.prologues import activation_quantize, norm_quantize
 from mixq_compile.ops.quantized_linear import quantized_linear
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.scheme import TensorFormat
@@ -33,8 +32,6 @@ OPERATORS: dict[str, Any] = {
     "activated_linear": activated_linear,
     "linear": linear,
     "quantized_linear": quantized_linear,
-    "norm_quantize": norm_quantize,
-    "activation_quantize": activation_quantize,
 }
 
 
@@ -177,22 +174,6 @@ def _quantized_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _norm_quantize(t: Tensors, shape: Shape) -> tuple[Any, ...]:
-    weight = torch.ones(shape.in_features).to(shape.dtype)
-    bias = torch.zeros_like(weight) if shape.bias else None
-    return (
-        t.x, weight, bias, *t.state.buffers(), 1e-5, "layer" if shape.bias else "rms",
-        shape.activation_bits, shape.miss, shape.small_m, "ref",
-    )  # fmt: skip
-
-
-def _activation_quantize(t: Tensors, shape: Shape) -> tuple[Any, ...]:
-    factor = t.x.clone() if shape.bias else None
-    return (
-        t.x, factor, *t.state.buffers(), "silu", shape.activation_bits, shape.miss, shape.small_m, "ref",
-    )  # fmt: skip
-
-
 def _linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     bits = 16 if shape.small_m else shape.activation_bits
     return (
@@ -212,13 +193,10 @@ ARGUMENTS: dict[str, Callable[[Tensors, Shape], tuple[Any, ...]]] = {
     "weight_only_linear": _weight_only,
     "linear": _linear,
     "quantized_linear": _quantized_linear,
-    "norm_quantize": _norm_quantize,
-    "activation_quantize": _activation_quantize,
 }
 """By operator: the arguments of a call on these tensors."""
 
 
 def applies(operator: str, shape: Shape) -> bool:
     """False for a call that no graph makes: learning without slots, learning under `static`."""
-    learning = ("quantize_online", "norm_quantize", "activation_quantize")
-    return operator not in learning or (shape.capacity > 0 and shape.miss != "static")
+    return operator != "quantize_online" or (shape.capacity > 0 and shape.miss != "static")

@@ -23,8 +23,6 @@ MUTATED = {
     "quantize_online": set(STATE_FIELDS),
     "refresh_outlier_weights": {"cached_index", "outlier_weight"},
     "quantized_linear": set(STATE_FIELDS),
-    "norm_quantize": set(STATE_FIELDS),
-    "activation_quantize": set(STATE_FIELDS),
     "linear": {*STATE_FIELDS, "cached_index", "outlier_weight"},
 }
 """Arguments that an operator may write; all others none."""

@@ -35,15 +35,11 @@ BEFORE = {
         "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
         "fuse-epilogue"
     ),
-    "fuse-prologue": (
-        "strip-guards,canonicalize-linear,select-scheme{force=true},rewrite-mixed-linear,share-quantize,"
-        "fuse-epilogue"
-    ),
     "annotate-outliers": "canonicalize-linear,select-scheme{force=true}",
 }
 """Passes to run before one, where that is not the passes before it in `jit`."""
 
-OPTIONS = {name: {"when": "always"} for name in ("merge-siblings", "fuse-gate", "fuse-prologue")}
+OPTIONS = {name: {"when": "always"} for name in ("merge-siblings", "fuse-gate")}
 """Options of a pass under which it has something to do on a CPU."""
 
 

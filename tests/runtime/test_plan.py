@@ -34,7 +34,6 @@ def test_default_options_are_the_named_pipeline() -> None:
             {"select-scheme": "select-scheme{threshold=3.0 capacity=32 miss=lazy}"},
         ),
         ({"release_weights": True}, {"rewrite-mixed-linear": "rewrite-mixed-linear{originals=false}"}),
-        ({"fuse_prologue": "always"}, {"fuse-prologue": "fuse-prologue{when=always}"}),
         ({"merge_siblings": "always"}, {"merge-siblings": "merge-siblings{when=always}"}),
         (
             {"merge_siblings": "never"},
@@ -50,7 +49,6 @@ def test_default_options_are_the_named_pipeline() -> None:
                 "select-scheme": "select-scheme{kernel=ref}",
                 "rewrite-mixed-linear": "rewrite-mixed-linear{kernel=ref}",
                 "merge-siblings": "merge-siblings{kernel=ref}",
-                "fuse-prologue": "fuse-prologue{kernel=ref}",
                 "select-kernels": "select-kernels{kernel=ref}",
             },
         ),

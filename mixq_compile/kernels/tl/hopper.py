@@ -238,10 +238,10 @@ def _multiply_tiles(
                     mbarrier.arrive(empty.index(place), count=1)
                     turn += 1
             if HAS_BIAS:
-                weight_row, inside = _rows_of_weight(
+                bias_row, has_bias = _rows_of_weight(
                     across, features, GATED, BLOCK_N, gl.SliceLayout(0, layout)
                 )
-                added = gl.load(bias + weight_row, mask=inside, other=0.0).to(gl.float32)
+                added = gl.load(bias + bias_row, mask=has_bias, other=0.0).to(gl.float32)
                 result += gl.expand_dims(added, 0)
             if GATED:
                 gates, values = _halves(result, BLOCK_M, BLOCK_N)

@@ -8,6 +8,8 @@ host never has to look at it, and else learns the new columns and quantizes agai
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -41,11 +43,8 @@ from mixq_compile.ops.weight_codes import aligned_empty
 
 ELEMENTS_PER_THREAD = 8
 """Contiguous columns of a thread: 16 bytes of a 16-bit activation."""
-WARPS_PER_MULTIPROCESSOR = 32
 FEW_ROWS = 512
-"""Up to so many rows, more warps share each."""
-PARTS_HELD = 6
-"""Where a row has at most so many parts, a program keeps which columns are outliers in registers."""
+"""Up to so many rows, more warps share each, and a program has but one or two."""
 LEARNING_WARPS = 8
 
 _FLAG, _SNAPSHOT = tl.constexpr(FLAG), tl.constexpr(SNAPSHOT)
@@ -73,6 +72,7 @@ def _quantize(
     PART: tl.constexpr,
     PARTS: tl.constexpr,
     HOLDS: tl.constexpr,
+    AHEAD: tl.constexpr,
     SLOTS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -80,7 +80,7 @@ def _quantize(
         await_previous_launch()
     quantize_rows(
         x, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used, scratch,
-        rows, columns, slots, x_stride, codes_stride, LARGEST_CODE, MODE, PART, PARTS, HOLDS, SLOTS,
+        rows, columns, slots, x_stride, codes_stride, LARGEST_CODE, MODE, PART, PARTS, HOLDS, AHEAD, SLOTS,
     )  # fmt: skip
 
 
@@ -126,17 +126,34 @@ def _learn(
             quantize_rows(
                 x, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
                 scratch, rows, columns, slots, x_stride, codes_stride,
-                LARGEST_CODE, _SNAPSHOT, PART, PARTS, False, SLOTS,
+                LARGEST_CODE, _SNAPSHOT, PART, PARTS, False, False, SLOTS,
             )  # fmt: skip
 
 
-def warps_of(rows: int, columns: int) -> int:
-    """Warps that share a row: beyond few rows, no more than are needed to hold its outlier columns."""
-    warps = power_of_two(columns // (32 * ELEMENTS_PER_THREAD) + 1, at_least=2) // 2
+class Share(NamedTuple):
+    """How rows are dealt out: the warps of a program, the programs' warps on a multiprocessor, and what
+    `quantize_rows` HOLDS and loads AHEAD."""
+
+    warps: int
+    resident: int
+    holds: bool
+    ahead: bool
+
+    @property
+    def part(self) -> int:
+        """Columns that a program takes at a time."""
+        return self.warps * 32 * ELEMENTS_PER_THREAD
+
+
+def share_rows(rows: int, columns: int) -> Share:
+    """The measured best: few rows take many warps each, many rows registers for two rows a thread."""
     if rows <= FEW_ROWS:
-        return min(16, warps)
-    few = 8 * 32 * ELEMENTS_PER_THREAD * PARTS_HELD
-    return min(8 if columns <= few else 16, max(1, warps // 2))
+        warps = min(16, power_of_two(columns // (32 * ELEMENTS_PER_THREAD) + 1, at_least=2) // 2)
+        return Share(warps, 32, holds=False, ahead=False)
+    for warps, resident, parts in ((1, 16, 4), (2, 16, 4), (4, 16, 4), (8, 16, 4), (4, 8, 11), (16, 16, 4)):
+        if columns <= parts * warps * 32 * ELEMENTS_PER_THREAD:
+            return Share(warps, resident, holds=True, ahead=True)
+    return Share(16, 16, holds=False, ahead=True)
 
 
 def _launch(
@@ -154,16 +171,15 @@ def _launch(
     rows, columns = matrix.shape
     codes, scale, outliers = outputs
     slots = index.shape[0]
-    warps = warps_of(rows, columns)
-    part = warps * 32 * ELEMENTS_PER_THREAD
-    parts = ceil_div(columns, part)
-    programs = min(rows, WARPS_PER_MULTIPROCESSOR // warps * multiprocessors(matrix.device))
+    share = share_rows(rows, columns)
+    programs = min(rows, share.resident // share.warps * multiprocessors(matrix.device))
     _quantize[(programs,)](
         matrix, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
         scratch, rows, columns, slots, matrix.stride(0), codes.stride(0),
-        LARGEST_CODE=largest_code(bits), MODE=mode, PART=part, PARTS=parts,
-        HOLDS=parts <= PARTS_HELD and rows > programs, SLOTS=power_of_two(slots) if slots else 0,
-        num_warps=warps, enable_fp_fusion=False, **overlap(matrix),
+        LARGEST_CODE=largest_code(bits), MODE=mode, PART=share.part, PARTS=ceil_div(columns, share.part),
+        HOLDS=share.holds and rows > programs, AHEAD=share.ahead and rows > programs,
+        SLOTS=power_of_two(slots) if slots else 0,
+        num_warps=share.warps, enable_fp_fusion=False, **overlap(matrix),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment,var-annotated"
 """Row scales, codes and the extracted outlier columns of some rows, in one pass over them."""
 
 from __future__ import annotations
@@ -53,6 +53,17 @@ def code_of(value, inverse):
 
 
 @triton.jit
+def _row(x, row, stride, columns, exists, PART: tl.constexpr, PARTS: tl.constexpr):
+    """The parts of a row; zeros where it does not exist."""
+    x_row = x + tl.cast(row, tl.int64) * stride
+    parts = ()
+    for part in tl.static_range(PARTS):
+        column = part * PART + tl.arange(0, PART)
+        parts = parts + (tl.load(x_row + column, mask=(column < columns) & exists, other=0.0),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
 def quantize_rows(
     x,  # [M, K]
     codes,  # [M, K] int8
@@ -74,9 +85,13 @@ def quantize_rows(
     PART: tl.constexpr,
     PARTS: tl.constexpr,
     HOLDS: tl.constexpr,
+    AHEAD: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Quantizes every row that is this program's turn. Writes all of codes, scale and outliers."""
+    """Quantizes every row that is this program's turn. Writes all of codes, scale and outliers.
+
+    HOLDS keeps in registers which columns are outliers, AHEAD loads a row while the one before is quantized.
+    """
     program = tl.program_id(0)
     count = tl.load(counters + _COUNT)
     if MODE != _FIXED:
@@ -99,6 +114,9 @@ def quantize_rows(
             column = part * PART + tl.arange(0, PART)
             inner_columns = inner_columns + (is_inner(column_slot, column, columns),)  # noqa: RUF005
 
+    following = ()
+    if AHEAD:
+        following = _row(x, program, x_stride, columns, program < rows, PART, PARTS)
     for row in range(program, rows, tl.num_programs(0)):
         wide_row = tl.cast(row, tl.int64)
         x_row = x + wide_row * x_stride
@@ -106,11 +124,21 @@ def quantize_rows(
         if SLOTS > 0:
             taken = tl.load(x_row + outlier_column, mask=place < count, other=0.0)
         # The row stays in registers, in parts because its length is seldom a power of two.
+        if AHEAD:
+            read = following
+            after = row + tl.num_programs(0)
+            if HOLDS:
+                following = _row(x, after, x_stride, columns, after < rows, PART, PARTS)
+            else:
+                # Where registers are short, reading the last row twice costs less than another predicate.
+                following = _row(x, tl.minimum(after, rows - 1), x_stride, columns, True, PART, PARTS)
+        else:
+            read = _row(x, row, x_stride, columns, True, PART, PARTS)
         parts = ()
         largest = tl.zeros((PART,), dtype=tl.float32)
         for part in tl.static_range(PARTS):
             column = part * PART + tl.arange(0, PART)
-            values = tl.load(x_row + column, mask=column < columns, other=0.0).to(tl.float32)
+            values = read[part].to(tl.float32)
             # Outlier columns become 0, or NaN where they are not finite: that spoils the row.
             if HOLDS:
                 inner = values * inner_columns[part]
