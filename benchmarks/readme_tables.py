@@ -91,16 +91,15 @@ def linear() -> str:
 
 def model() -> str:
     """Layers of Llama-2-7B on an H200."""
-    decode, decode_int4, prefill = (
-        _load(name) for name in ("model_decode_h200", "model_decode_int4_h200", "model_prefill_h200")
-    )
+    names = ("model_contexts_h200", "model_decode_h200", "model_decode_int4_h200", "model_prefill_h200")
+    contexts, decode, decode_int4, prefill = map(_load, names)
     rows = [
         [
             case["workload"], scheme, f"{_median(case, 'bf16') / 1000:.2f} ms",
             f"{_median(case, scheme) / 1000:.2f} ms", f"{case['speedup'][scheme]:.2f}×",
             f"{case['first_call_seconds']['bf16']:.0f} s", f"{case['first_call_seconds'][scheme]:.0f} s",
         ]
-        for found in (decode, decode_int4, prefill)
+        for found in (contexts, decode, decode_int4, prefill)
         for case in found["cases"]
         for scheme in case["speedup"]
     ]  # fmt: skip
@@ -112,6 +111,29 @@ def model() -> str:
         f"(`mixq bench model`). Memory of the quantized linears over that of their 16-bit weights: {ratios}:"
     )
     header = ["workload", "scheme", "bf16", "mixq", "speed-up", "first call bf16", "first call mixq"]
+    return f"{title}\n\n{_markdown(header, rows)}"
+
+
+def peers() -> str:
+    """Linears beside other packages' quantized ones."""
+    found = _load("kernels_peers_h200")
+    names = ("bf16", "torchao-int8", "torchao-fp8", "llm-int8", WHOLE)
+    rows = [
+        [
+            f"{case['out_features']} × {case['in_features']}", str(case["rows"]),
+            *(f"{_median(case, name):.0f} µs" if name in case["timings"] else "–" for name in names),
+        ]
+        for case in found["cases"]
+    ]  # fmt: skip
+    packages = found["environment"]["packages"]
+    title = (
+        f"One linear beside those of torchao {packages['torchao']} (dynamic quantization, compiled) and "
+        f"bitsandbytes {packages['bitsandbytes']} (LLM.int8(), threshold 6, fp16), {_where(found)} "
+        "(`mixq bench kernels --only whole --peers torchao-int8,torchao-fp8,llm-int8`). torchao's int8 "
+        "product takes no fewer than 17 rows, and LLM.int8() waits for the device, so that its launches are "
+        "in its time:"
+    )
+    header = ["N × K", "M", "bf16", "torchao int8", "torchao fp8", "LLM.int8()", "mixq"]
     return f"{title}\n\n{_markdown(header, rows)}"
 
 
@@ -207,6 +229,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "demo": ("README.md", demo),
     "linear": ("README.md", linear),
     "model": ("README.md", model),
+    "peers": ("docs/benchmarks.md", peers),
     "breakdown": ("docs/benchmarks.md", breakdown),
     "structure": ("docs/benchmarks.md", structure),
     "perplexity": ("README.md", perplexity),

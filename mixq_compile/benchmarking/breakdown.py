@@ -199,13 +199,14 @@ def plots(cases: Sequence[BreakdownCase]) -> tuple[Plot, ...]:
     shown = [case for case in cases if case.stage_speedup]
     if not shown:
         return ()
-    groups = tuple(", ".join(_place(case)) for case in shown)
+    groups = tuple(str(case.rows) for case in shown)
+    shapes = tuple(f"{_place(case)[0]}, by rows" for case in shown)
     stages = {name: tuple(case.stage_speedup.get(name) for case in shown) for name in STAGES}
     rates = {
         f"{cost.percent} %": tuple(100 * case.misses[place].overhead for case in shown)
         for place, cost in enumerate(shown[0].misses)
     }
     return (
-        Plot("Stages", "speed-up over 16 bit", groups, stages, line_at=1.0),
-        Plot("Calls that learn a column", "time over none, %", groups, rates),
+        Plot("Stages", "speed-up over 16 bit", groups, stages, line_at=1.0, panels=shapes),
+        Plot("Calls that learn a column", "time over none, %", groups, rates, panels=shapes),
     )

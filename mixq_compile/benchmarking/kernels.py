@@ -184,7 +184,8 @@ def plots(cases: Sequence[KernelCase], float_name: str) -> tuple[Plot, ...]:
             for name in peers
             if any(name in case.timings for case in shown)
         }
-        groups = tuple(f"{case.out_features}×{case.in_features}, {case.rows}" for case in shown)
+        groups = tuple(str(case.rows) for case in shown)
+        shapes = tuple(f"{case.out_features}×{case.in_features}, by rows" for case in shown)
         if groups:
-            made.append(Plot(f"{title}: speed-up", "speed-up", groups, series, line_at=1.0))
+            made.append(Plot(f"{title}: speed-up", "speed-up", groups, series, line_at=1.0, panels=shapes))
     return tuple(made)

@@ -15,6 +15,8 @@ from mixq_compile.benchmarking.environment import Environment
 
 NO_MATPLOTLIB = "no plots: matplotlib is not installed (pip install 'mixq-compile[bench]')"
 DOTS_PER_INCH = 120
+PANELS_ACROSS = 2
+LONGEST_LEVEL_LABEL = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Plot:
     series: Mapping[str, Sequence[float | None]]
     line_at: float | None = None
     """A level to mark, such as a speed-up of 1."""
+    panels: tuple[str, ...] = ()
+    """For each group the panel that shows it, such as a shape; empty for one panel."""
 
 
 @dataclass(frozen=True)
@@ -129,22 +133,41 @@ def _environment_line(environment: Environment) -> str:
 
 
 def draw(plot: Plot, target: Path) -> None:
-    """Draws bars into a PNG file; needs matplotlib."""
+    """Draws bars into a PNG file, a panel for each set of groups; needs matplotlib."""
     from matplotlib import pyplot
 
+    panels: dict[str, list[int]] = {}
+    for place, panel in enumerate(plot.panels or [""] * len(plot.groups)):
+        panels.setdefault(panel, []).append(place)
+    across = min(PANELS_ACROSS, len(panels))
+    down = math.ceil(len(panels) / across)
+    most = max(len(places) for places in panels.values())
+    size = (across * max(4.5, 0.6 * most + 1), 3.4 * down + 0.6)
+    figure, grid = pyplot.subplots(down, across, figsize=size, squeeze=False, sharey=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
     width = 0.8 / max(1, len(plot.series))
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.6 * len(plot.groups) + 2), 4.0))
-    for place, (name, values) in enumerate(plot.series.items()):
-        offset = (place - (len(plot.series) - 1) / 2) * width
-        heights = [math.nan if value is None else value for value in values]
-        axes.bar([group + offset for group in range(len(plot.groups))], heights, width, label=name)
-    if plot.line_at is not None:
-        axes.axhline(plot.line_at, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(plot.groups)), plot.groups, rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel(plot.unit)
-    axes.set_title(plot.title)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
+    for axes, (panel, places) in zip(grid.flat, panels.items(), strict=False):
+        for number, (name, values) in enumerate(plot.series.items()):
+            offset = (number - (len(plot.series) - 1) / 2) * width
+            heights = [math.nan if (value := values[place]) is None else value for place in places]
+            axes.bar([group + offset for group in range(len(places))], heights, width, label=name)
+        if plot.line_at is not None:
+            axes.axhline(plot.line_at, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(places)), [plot.groups[place] for place in places], fontsize=8)
+        if max(len(plot.groups[place]) for place in places) > LONGEST_LEVEL_LABEL:
+            axes.tick_params(axis="x", rotation=30)
+        axes.set_title(panel, fontsize=9)
+    for row in grid:
+        row[0].set_ylabel(plot.unit)
+    figure.suptitle(plot.title)
+    figure.legend(
+        *grid.flat[0].get_legend_handles_labels(),
+        fontsize=8,
+        loc="outside lower center",
+        ncols=len(plot.series),
+    )
+    figure.set_layout_engine("constrained")
     figure.savefig(target, dpi=DOTS_PER_INCH)
     pyplot.close(figure)
 

@@ -183,7 +183,8 @@ def _place(case: StructureCase) -> tuple[str, str]:
 
 def plots(cases: Sequence[StructureCase]) -> tuple[Plot, ...]:
     """Times of both layouts relative to 16 bit, and of changes."""
-    groups = tuple(", ".join(_place(case)) for case in cases)
+    groups = tuple(str(case.rows) for case in cases)
+    shapes = tuple(f"{_place(case)[0]}, by rows" for case in cases)
     base = [next(iter(case.timings.values())).median_us for case in cases]
     layouts = {
         layout: [
@@ -196,6 +197,6 @@ def plots(cases: Sequence[StructureCase]) -> tuple[Plot, ...]:
         key: [case.timings[key].median_us for case in cases] for key in (NEW_COLUMN, MOVE_ONE, PERMUTE_AGAIN)
     }
     return (
-        Plot("Layouts", "speed-up over 16 bit", groups, layouts, line_at=1.0),
-        Plot("A new outlier column", "µs", groups, changes),
+        Plot("Layouts", "speed-up over 16 bit", groups, layouts, line_at=1.0, panels=shapes),
+        Plot("A new outlier column", "µs", groups, changes, panels=shapes),
     )
