@@ -31,7 +31,7 @@ _layer("pipeline", "ir")
 _layer("passes", "pipeline")
 _layer("calibration evaluation area", "scheme ir")
 _layer("inspection", "pipeline")
-_layer("runtime", "passes calibration")
+_layer("runtime", "passes calibration inspection")
 _layer("__init__", "runtime calibration")
 _layer("benchmarking", "__init__ kernels schemes evaluation")
 _layer("cli", "__init__ kernels schemes evaluation inspection area benchmarking")
@@ -44,7 +44,9 @@ PRIVATE = {
     "torch._inductor": ("runtime/torch_compat.py",),
     "torch._functorch": ("runtime/torch_compat.py",),
     # Fake tensors are how shapes are known, and have no public name.
-    "torch._subclasses": ("ir/evaluate.py", "ir/graph.py", "ir/verify.py"),
+    "torch._subclasses": (
+        "ir/evaluate.py", "ir/graph.py", "ir/verify.py", "ir/without_data.py",
+    ),
     "torch._ops": ("ir/effects.py", "ir/verify.py"),
     # Dynamo writes torch.nn.functional.linear under its C name.
     "torch._C": ("passes/canonicalize_linear.py",),

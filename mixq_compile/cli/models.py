@@ -34,6 +34,8 @@ class LoadedModel:
     """Why there is no tokenizer."""
     quantized: bool = False
     """True where it comes from a directory that `mixq quantize` wrote."""
+    example: Any = None
+    """Inputs that a function gave beside its model: a tensor, a tuple, or a dictionary by name."""
 
     @property
     def device(self) -> torch.device:
@@ -219,11 +221,14 @@ def _build(source: str, device: torch.device, dtype: torch.dtype) -> LoadedModel
         ]
         raise unknown_name(f"function of the module {module_name}", function_name, public)
     made = function()
-    model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
+    given = made if isinstance(made, tuple) else (made,)
+    model, tokenizer, example = (*given, None, None)[:3]
+    if not isinstance(model, nn.Module) or len(given) > 3:
         raise OptionError(
-            f"{source} returned a {type(made).__name__}: it must return a torch.nn.Module or "
-            "(model, tokenizer)."
+            f"{source} returned a {type(made).__name__}: it must return a torch.nn.Module, "
+            "(model, tokenizer), or (model, tokenizer, example)."
         )
-    why = "" if tokenizer is not None else "the function returned the model alone"
-    return LoadedModel(source, model.eval().to(device=device, dtype=dtype), tokenizer, why)
+    why = "" if tokenizer is not None else "the function returned no tokenizer"
+    return LoadedModel(
+        source, model.eval().to(device=device, dtype=dtype), tokenizer, why, example=example
+    )

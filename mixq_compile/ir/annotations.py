@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 def as_json(value: Any, what: str) -> Any:
     """The value as JSON has it (tuples become lists). Raises TypeError for anything else."""
+    if value is None or type(value) in (str, bool, int):
+        return value
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:

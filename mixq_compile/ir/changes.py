@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -39,20 +40,19 @@ class Fingerprint:
         self._states = {node: _state(graph, node) for node in graph.graph.nodes}
 
     def changes(self, graph: CapturedGraph) -> Changes:
-        """What has changed since."""
-        created, changed, kept = [], [], []
-        for node in graph.graph.nodes:
-            before = self._states.get(node)
-            if before is None:
-                created.append(node)
-                continue
-            kept.append(node)
-            if any(old is not new for old, new in zip(before, _state(graph, node), strict=True)):
-                changed.append(node)
-        erased = len(self._states) - len(kept)
-        still_there = set(kept)
-        moved = [node for node in self._states if node in still_there] != kept
-        return Changes(tuple(created), tuple(changed), erased, moved)
+        """What has changed since; from now on this is the fingerprint of the graph as it is now."""
+        before = self._states
+        now = {node: _state(graph, node) for node in graph.graph.nodes}
+        kept = [node for node in now if node in before]
+        changed = [node for node in kept if any(map(operator.is_not, before[node], now[node]))]
+        moved = [node for node in before if node in now] != kept
+        self._states = now
+        created = tuple(node for node in now if node not in before)
+        return Changes(created, tuple(changed), len(before) - len(kept), moved)
+
+    def accept(self, graph: CapturedGraph, nodes: Iterable[Node]) -> None:
+        """Takes nodes as they are now: what was written since is no change."""
+        self._states |= {node: _state(graph, node) for node in nodes}
 
 
 def _state(graph: CapturedGraph, node: Node) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ class GraphDiff:
         return cls(
             added=tuple(row for row in after.rows if row.name not in before.by_name),
             removed=tuple(row for row in before.rows if row.name not in after.by_name),
-            changed=tuple((old, new) for old, new in common if old != new),
+            changed=tuple((old, new) for old, new in common if old is not new and old != new),
             placed=tuple(placed),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ class Evaluator:
         Raises whatever the operator raises, and what `value_of` raises for an input it does not know.
         """
         values = map_arg(tuple(args), value_of)
+        if target is operator.getitem and type(values[0]) is tuple:
+            return values[0][values[1]]
         named = map_arg(dict(kwargs), value_of)
         try:
             key = (target, _signature(values), _signature(named))

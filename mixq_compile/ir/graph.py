@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
@@ -55,9 +56,14 @@ class CapturedGraph:
         self.current = None
         self._fake_mode: FakeTensorMode | None = None
         self._attribute_of: dict[int, str] = {}
+        self._name_of: dict[str, str] = {}
         self._reader_of: dict[str, Node] = {}
         self._end_of_inputs: Node | None = None
         self._evaluator: Evaluator | None = None
+        self._computed: dict[Node, tuple[Any, ...]] = {}
+        self._fakes: dict[tuple[Any, ...], Tensor] = {}
+        dynamo, export = "example_value", "val"
+        self._value_keys = (dynamo, export) if origin == "dynamo" else (export, dynamo)
         # Dynamo takes the sources out of the metadata again when the backend returns.
         self._sources: dict[str, str] = {
             node.name: source
@@ -98,11 +104,13 @@ class CapturedGraph:
                 yield node
         self.current = None
 
+    @functools.cached_property
+    def inputs(self) -> dict[str, Node]:
+        """The nodes that the captured graph read its inputs and parameters from, by name."""
+        return {node.name: node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")}
+
     # Values ------------------------------------------------------------------------------------
 
-    @property
-    def _value_key(self) -> str:
-        return "example_value" if self.origin == "dynamo" else "val"
 
     def value(self, node: Any) -> Any:
         """The recorded value of a node: a fake tensor, a size, a tuple of them; None if unknown.
@@ -111,10 +119,9 @@ class CapturedGraph:
         """
         if not isinstance(node, Node):
             return node
-        for key in (self._value_key, "val", "example_value"):
-            if key in node.meta:
-                return node.meta[key]
-        return None
+        meta = node.meta
+        first, second = self._value_keys
+        return meta[first] if first in meta else meta.get(second)
 
     def has_value(self, node: Node) -> bool:
         """True where a value was recorded, be it None."""
@@ -122,7 +129,7 @@ class CapturedGraph:
 
     def set_value(self, node: Node, value: Any) -> None:
         """Records the value of a node where the graph's consumer looks for it."""
-        node.meta[self._value_key] = value
+        node.meta[self._value_keys[0]] = value
 
     def known_value(self, node: Node) -> Any:
         """The recorded value of a node. Raises UnknownValueError where none was recorded."""
@@ -205,7 +212,8 @@ class CapturedGraph:
     def parameter_name(self, node: Node) -> str:
         """The name of the parameter or buffer that a node stands for; empty for anything else."""
         if node.op == "get_attr":
-            return names.normalise_fqn(str(node.target))
+            attribute = str(node.target)
+            return self._name_of.get(attribute) or names.normalise_fqn(attribute)
         source = self._sources.get(node.name) if node.op == "placeholder" else None
         return self._qualified(source) if source is not None else ""
 
@@ -240,6 +248,7 @@ class CapturedGraph:
             self.module.register_buffer(attribute, tensor)
             self.attached[attribute] = tensor
             self._attribute_of[id(tensor)] = attribute
+            self._name_of[attribute] = name
         reader = self._reader_of.get(attribute)
         if reader is not None and not is_erased(reader):
             return reader
@@ -248,8 +257,17 @@ class CapturedGraph:
         if after is None:
             self._end_of_inputs = node
         self._reader_of[attribute] = node
-        self.set_value(node, self.fake_mode.from_tensor(tensor, static_shapes=True))
+        self.set_value(node, self._fake(tensor))
         return node
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        """A fake tensor of the same sizes; one for all alike, because making one takes long."""
+        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if key not in self._fakes:
+            shape, stride, dtype, device = key
+            with self.fake_mode:
+                self._fakes[key] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        return self._fakes[key]
 
     def _unused_attribute(self, name: str) -> str:
         valid = re.sub(r"\W", "_", name)
@@ -290,11 +308,28 @@ class CapturedGraph:
         if like is not None:
             node.meta.update({key: like.meta[key] for key in INHERITED_META if key in like.meta})
             if "custom" in like.meta:
-                node.meta["custom"] = copy.deepcopy(like.meta["custom"])
+                # No deeper: whoever writes an annotation replaces the dictionary that holds it.
+                node.meta["custom"] = dict(like.meta["custom"])
         if custom is not None:
-            node.meta["custom"] = copy.deepcopy(dict(custom))
+            node.meta["custom"] = dict(custom)
         self.set_value(node, value)
+        self.note_computed(node)
         return node
+
+    def note_computed(self, node: Node) -> None:
+        """Remembers that the recorded value is what the operator gives for its present arguments."""
+        self._computed[node] = self._operands(node)
+
+    def is_computed(self, node: Node) -> bool:
+        """True where the recorded value was computed from the node's present arguments and their values."""
+        before = self._computed.get(node)
+        return before is not None and all(
+            old is new for old, new in zip(before, self._operands(node), strict=False)
+        )
+
+    def _operands(self, node: Node) -> tuple[Any, ...]:
+        values = (self.value(source) for source in node.all_input_nodes)
+        return node.target, node.args, node.kwargs, self.value(node), *values
 
     def getitem(self, node: Node, index: int) -> Node:
         """One result of a call that returns several."""

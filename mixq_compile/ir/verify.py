@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_flatten
 
-from mixq_compile.ir.annotations import as_json
 from mixq_compile.ir.effects import is_in_place, is_reshaped_later
 from mixq_compile.ir.evaluate import UnknownValueError
 from mixq_compile.ir.graph import CapturedGraph
@@ -71,10 +71,11 @@ def _structure(graph: CapturedGraph) -> list[Violation]:
 
 
 def _annotations(node: Node) -> str | None:
+    custom = node.meta.get("custom", {})
     try:
-        as_json(node.meta.get("custom", {}), "meta['custom']")
-    except TypeError as error:
-        return str(error)
+        json.dumps(custom, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return f"meta['custom'] must be JSON, and {custom!r} is not: {error}."
     return None
 
 
@@ -88,7 +89,7 @@ def _value(graph: CapturedGraph, node: Node) -> str | None:
         return None
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return None
-    if any(is_reshaped_later(known) for known in (node, *node.all_input_nodes)):
+    if graph.is_computed(node) or any(is_reshaped_later(known) for known in (node, *node.all_input_nodes)):
         return None
     try:
         computed = graph.evaluate(node.target, node.args, node.kwargs)
@@ -98,7 +99,10 @@ def _value(graph: CapturedGraph, node: Node) -> str | None:
         if isinstance(error.__cause__, DATA_DEPENDENT):
             return None
         return f"its operator refuses its inputs: {type(error).__name__}: {_first_line(error)}"
-    return _difference(recorded, computed)
+    difference = _difference(recorded, computed)
+    if difference is None:
+        graph.note_computed(node)
+    return difference
 
 
 def _first_line(error: BaseException) -> str:

@@ -130,8 +130,7 @@ class ShareQuantize(Pass):
     ) -> list[Node]:
         """The buffers of the state that all readers of a quantization share."""
         view = Annotations(first)
-        nodes = {node.name: node for node in graph.graph.nodes}
-        weights = [nodes[name] for name in view.readers or ()]
+        weights = [graph.inputs[name] for name in view.readers or ()]
         state = context.weights.state(
             [graph.tensor(node) for node in weights],
             QuantScheme.from_json(view.parameters or {}),
@@ -150,14 +149,13 @@ class ShareQuantize(Pass):
         # One weight that reads the value twice must not be written twice.
         if theirs[0][0] not in mine[0]:  # type: ignore[index,operator]
             lists = [[*one, *another] for one, another in zip(mine, theirs, strict=True)]  # type: ignore[misc]
-            self._hoist(graph, kept, lists)
+            self._hoist(kept, lists)
             start, stop = REFRESH_LISTS.start, REFRESH_LISTS.stop
             kept.args = (*kept.args[:start], *lists, *kept.args[stop:])
         graph.graph.erase_node(other)
 
-    def _hoist(self, graph: CapturedGraph, before: Node, lists: list[list[Node]]) -> None:
+    def _hoist(self, before: Node, lists: list[list[Node]]) -> None:
         """Moves views of parameters that stand after `before` to just before it."""
-        order = {node: place for place, node in enumerate(graph.graph.nodes)}
         for node in (node for nodes in lists for node in nodes):
-            if order[node] > order[before]:
+            if node > before:
                 before.prepend(node)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -35,14 +37,27 @@ def run_passes(
     """Runs the passes in order. Raises PassError where one fails, PassVerificationError where one errs."""
     if verification not in VERIFICATIONS:
         raise unknown_name("verification", verification, VERIFICATIONS)
+    with _collector_paused():
+        return _run_all(passes, text, graph, context, verification, snapshots)
+
+
+def _run_all(
+    passes: Sequence[Pass],
+    text: str,
+    graph: CapturedGraph,
+    context: PassContext,
+    verification: Verification,
+    snapshots: bool,
+) -> History:
     current = Snapshot.of(graph) if snapshots else None
     history = History(text, current)
     known = frozenset(verify(graph)) if verification == "full" else frozenset()
+    fingerprint = Fingerprint(graph)
     for index, step in enumerate(passes, 1):
-        before = Fingerprint(graph)
         record = _run_pass(index, step, graph, context, history)
-        changes = before.changes(graph)
+        changes = fingerprint.changes(graph)
         _stamp_origin(step, changes)
+        fingerprint.accept(graph, changes.created)
         if current is not None and changes:
             after = current.updated(graph, {*changes.created, *changes.changed})
             record = replace(record, diff=GraphDiff.between(current, after))
@@ -56,6 +71,18 @@ def run_passes(
             raise verification_failure(graph, violations, record, history)
     graph.module.recompile()
     return history
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Nodes and rows live on, so that collecting finds nothing, and takes a quarter of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _run_pass(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixq_compile.errors import MixqError
+from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.joint_rows import held_bytes
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import quantize_weight
@@ -126,7 +127,7 @@ class WeightStore:
         unpacked: dict[int, tuple[Tensor, QuantScheme]] = {}
         for weight, scheme in weights:
             entry = self._known(weight)
-            if not weight.is_meta and not (entry and entry.codes):
+            if has_data(weight) and not (entry and entry.codes):
                 unpacked[id(weight)] = weight, scheme
         if unpacked:
             memory.check(list(unpacked.values()), keeps_originals)
@@ -146,8 +147,8 @@ class WeightStore:
         if key not in entry.packed:
             entry.packed[key] = PackedWeight(
                 codes=codes,
-                outlier_weight=torch.zeros(out_features, capacity, dtype=dtype, device=weight.device),
-                cached_index=torch.full((capacity,), -1, dtype=torch.int32, device=weight.device),
+                outlier_weight=weight.new_zeros((out_features, capacity), dtype=dtype),
+                cached_index=weight.new_full((capacity,), -1, dtype=torch.int32),
             )
         return entry.packed[key]
 
@@ -162,7 +163,7 @@ class WeightStore:
                 f"(scheme {scheme.name!r}). Load the model again, or compile without release_weights."
             )
         matrix = _as_matrix(weight, transposed)
-        if weight.is_meta:
+        if not has_data(weight):
             out_features, in_features = matrix.shape
             codes_columns = in_features if scheme.weight.bits == 8 else (in_features + 1) // 2
             codes_dtype = torch.int8 if scheme.weight.bits == 8 else torch.uint8
@@ -170,12 +171,13 @@ class WeightStore:
             scale = weight.new_empty((out_features,), dtype=torch.float32)
         else:
             codes, scale = quantize_weight(matrix, scheme.weight)
-        entry.codes[key] = WeightCodes(codes, scale, scheme.weight, transposed, fingerprint(weight))
+        packed_from = fingerprint(weight) if has_data(weight) else (0, 0)
+        entry.codes[key] = WeightCodes(codes, scale, scheme.weight, transposed, packed_from)
         return entry.codes[key]
 
     def fill(self, packed: PackedWeight, weight: Tensor, state: OutlierState) -> None:
         """Fetches the columns that the state knows from the parameter into the outlier weight, now."""
-        count = 0 if weight.is_meta or self.is_released(weight) else len(state.columns())
+        count = 0 if not has_data(weight) or self.is_released(weight) else len(state.columns())
         if count:
             packed.cached_index[:count] = state.index[:count]
             packed.fetch(weight, torch.arange(count, device=packed.cached_index.device))
@@ -206,7 +208,7 @@ class WeightStore:
         states = self._entry(first).states
         if key not in states:
             state = OutlierState.create(in_features, key.capacity, key.threshold, first.device)
-            if columns is not None and policy is not None and not first.is_meta:
+            if columns is not None and policy is not None and has_data(first):
                 state.preload(columns, column_max)
                 if policy.miss in ("frozen", "static"):
                     state.freeze()
@@ -225,7 +227,7 @@ class WeightStore:
     def refresh(self, weight: Tensor) -> bool:
         """Packs a parameter again, in place, if it has been written since. True if it was."""
         entry = self._known(weight)
-        if entry is None or entry.released or weight.is_meta:
+        if entry is None or entry.released or not has_data(weight):
             return False
         now = fingerprint(weight)
         stale = [

@@ -1,0 +1,207 @@
+"""What became of each linear of a graph, read from its history alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mixq_compile.ir.snapshot import NodeRow
+from mixq_compile.pipeline.history import History
+from mixq_compile.scheme import QuantScheme
+
+LINEAR = "aten.linear.default"
+PRODUCTS = ("mixed_gemm", "mixed_linear", "activated_linear", "quantized_linear", "weight_only_linear")
+"""`mixq::` operators that compute one linear, or several that were merged."""
+NEVER_REWRITTEN = "it has a scheme, but no pass rewrote it"
+NOT_LOOKED_AT = "no pass looked at it"
+SCALE_BYTES = INDEX_BYTES = 4
+_VALUE = re.compile(r"^(?P<dtype>[a-z]+?(?P<bits>\d+))\[(?P<sizes>[^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One linear: what it is, what became of it and why, what it holds and costs."""
+
+    fqn: str
+    role: str
+    out_features: int
+    """0 where the capture does not tell: a product whose weight is no parameter."""
+    in_features: int
+    dtype: str
+    """Of the weight before quantization."""
+    scheme: str | None
+    """None where the linear stays as it was."""
+    weight_bits: int
+    activation_bits: int
+    kernel: str | None
+    skip: str | None
+    """Why it stays as it was."""
+    where: str
+    """The line of the model's Python code."""
+    bytes_before: int
+    bytes_after: int
+    """Bytes of codes, scales and outlier columns."""
+    capacity: int = 0
+    """Most outlier columns; 0 where the scheme has none."""
+    calibrated_columns: int = 0
+    """Outlier columns known from calibration."""
+    found_columns: int | None = None
+    """Outlier columns while running; None where nothing was run."""
+    sqnr_db: float | None = None
+    """Of the layer's own output, on inputs from the model in full precision; None where not measured."""
+    costs: dict[str, Any] = field(default_factory=dict)
+    """By number of rows: operations, bytes moved and expected time, before and after."""
+    area: float | None = None
+    """Circuit area; None where none was estimated."""
+
+
+def layers_of(history: History) -> tuple[LayerSummary, ...]:
+    """Every linear that the passes of a history saw, in the order in which they run."""
+    if history.initial is None:
+        return ()
+    values = {row.name: row.value for row in _all_rows(history)}
+    products = _products(history.final.rows)
+    left = {row.fqn: row for row in history.final.rows if _is_linear(row)}
+    return tuple(
+        _summary(row, values, products.get(fqn), left.get(fqn))
+        for fqn, row in _linears(history).items()
+        if fqn
+    )
+
+
+def matching(fqns: Iterable[str], pattern: str) -> tuple[str, ...]:
+    """The names that a pattern means: the name itself, one of its dotted parts, or a glob."""
+    return tuple(
+        fqn
+        for fqn in fqns
+        if fqn == pattern or pattern in fqn.split(".") or fnmatch.fnmatchcase(fqn, pattern)
+    )
+
+
+def _all_rows(history: History) -> Iterator[NodeRow]:
+    """Every row of every snapshot, later ones last."""
+    assert history.initial is not None
+    yield from history.initial.rows
+    for record in history.records:
+        if record.diff is not None:
+            yield from record.diff.added
+            yield from (new for _, new in record.diff.changed)
+
+
+def _is_linear(row: NodeRow) -> bool:
+    return row.target == LINEAR or row.annotations.get("skip") is not None
+
+
+def _operator(row: NodeRow) -> str:
+    namespace, _, rest = row.target.partition(".")
+    return rest.removesuffix(".default") if namespace == "mixq" else ""
+
+
+def _linears(history: History) -> dict[str, NodeRow]:
+    """The row that says most about each linear, by layer; the last one that was seen."""
+    found: dict[str, NodeRow] = {}
+    for row in _all_rows(history):
+        if _is_linear(row) or _operator(row) == "linear":
+            found[row.fqn] = row
+    return found
+
+
+def _products(rows: Sequence[NodeRow]) -> dict[str, NodeRow]:
+    """The node that computes each quantized linear in the end, by layer."""
+    found: dict[str, NodeRow] = {}
+    for row in rows:
+        if _operator(row) in PRODUCTS:
+            for member in row.annotations.get("members") or [{"fqn": row.fqn}]:
+                found[member.get("fqn") or row.fqn] = row
+    return found
+
+
+def sizes(value: str) -> tuple[str, int, tuple[int, ...]]:
+    """dtype, its bits, and the sizes of a value such as `float32[2, 64]`; symbolic sizes count 0."""
+    match = _VALUE.match(value)
+    if match is None:
+        return "", 0, ()
+    listed = [part.strip() for part in match["sizes"].split(",") if part.strip()]
+    return match["dtype"], int(match["bits"]), tuple(int(p) if p.isdigit() else 0 for p in listed)
+
+
+def _summary(
+    row: NodeRow, values: Mapping[str, str], product: NodeRow | None, left: NodeRow | None
+) -> LayerSummary:
+    notes = row.annotations
+    inputs = [sizes(values.get(name, "")) for name in row.inputs]
+    dtype, bits, shape = inputs[1] if len(inputs) > 1 else ("", 0, ())
+    swapped = _operator(row) == "linear"
+    out_features, in_features = shape if len(shape) == 2 else (0, 0)
+    parameters = notes.get("parameters")
+    scheme = QuantScheme.from_json(parameters) if parameters and product is not None else None
+    if swapped and inputs:
+        return _swapped(row, inputs, product)
+    policy = scheme.outliers if scheme is not None else None
+    capacity = policy.capacity_for(in_features) if policy is not None else 0
+    before = out_features * in_features * bits // 8
+    return LayerSummary(
+        fqn=row.fqn,
+        role=notes.get("role") or "other",
+        out_features=out_features,
+        in_features=in_features,
+        dtype=dtype,
+        scheme=scheme.name if scheme is not None else None,
+        weight_bits=scheme.weight.bits if scheme is not None else bits,
+        activation_bits=scheme.activation.bits if scheme is not None and scheme.activation else bits,
+        kernel=product.annotations.get("kernel") if product is not None else None,
+        skip=None if scheme is not None else _why_left(left if left is not None else row),
+        where=row.where,
+        bytes_before=before,
+        bytes_after=packed_bytes(out_features, in_features, scheme.weight.bits, capacity, bits)
+        if scheme is not None
+        else before,
+        capacity=capacity,
+        calibrated_columns=len(notes.get("outlier_columns") or ()),
+    )
+
+
+def _why_left(row: NodeRow) -> str:
+    if row.annotations.get("skip"):
+        return str(row.annotations["skip"])
+    return NEVER_REWRITTEN if row.annotations.get("scheme") else NOT_LOOKED_AT
+
+
+def _swapped(
+    row: NodeRow, inputs: Sequence[tuple[str, int, tuple[int, ...]]], product: NodeRow | None
+) -> LayerSummary:
+    """The summary of a linear whose module was swapped before the capture; its scheme is in its tensors."""
+    (dtype, bits, shape), (code_type, _, codes) = inputs[:2]
+    in_features, out_features = (shape[-1] if shape else 0), (codes[0] if codes else 0)
+    weight_bits = 4 if code_type == "uint8" else 8
+    activation_bits = next((int(part) for part in row.args.split(", ")[-3:-2] if part.isdigit()), bits)
+    # The state's first buffer holds one index for each slot; without outliers it is empty.
+    capacity = inputs[4][2][0] if len(inputs) > 4 and inputs[4][2] else 0
+    marks = f"w{weight_bits}a{activation_bits}{'o16' if capacity and activation_bits < bits else ''}"
+    return LayerSummary(
+        fqn=row.fqn,
+        role=row.annotations.get("role") or "other",
+        out_features=out_features,
+        in_features=in_features,
+        dtype=dtype,
+        scheme=marks,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        kernel=product.annotations.get("kernel") if product is not None else None,
+        skip=None,
+        where=row.where,
+        bytes_before=out_features * in_features * bits // 8,
+        bytes_after=packed_bytes(out_features, in_features, weight_bits, capacity, bits),
+        capacity=capacity,
+    )
+
+
+def packed_bytes(out_features: int, in_features: int, bits: int, capacity: int, float_bits: int) -> int:
+    """Bytes of codes, scales, outlier columns and their indices of one quantized weight."""
+    codes = out_features * math.ceil(in_features * bits / 8)
+    outliers = capacity * (out_features * float_bits // 8 + INDEX_BYTES)
+    return codes + out_features * SCALE_BYTES + outliers
