@@ -45,7 +45,10 @@ PRIVATE = {
     "torch._functorch": ("runtime/torch_compat.py",),
     # Fake tensors are how shapes are known, and have no public name.
     "torch._subclasses": (
-        "ir/evaluate.py", "ir/graph.py", "ir/verify.py", "ir/without_data.py",
+        "ir/evaluate.py",
+        "ir/graph.py",
+        "ir/verify.py",
+        "ir/without_data.py",
     ),
     "torch._ops": ("ir/effects.py", "ir/verify.py"),
     # Dynamo writes torch.nn.functional.linear under its C name.

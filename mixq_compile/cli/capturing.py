@@ -15,6 +15,7 @@ from mixq_compile.cli.texts import documentation, encode
 from mixq_compile.errors import MixqError, OptionError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from torch.export import ExportedProgram
 
@@ -51,6 +52,15 @@ class Captured:
         return CapturedGraph.from_export(self.program)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model's parameters live; the CPU for one without any."""
+        import torch
+
+        tensors = self.model.parameters() if self.model is not None else self.program.parameters()
+        first = next(iter(tensors), None)
+        return first.device if first is not None else torch.device("cpu")
+
+    @property
     def inputs(self) -> str:
         """The example's tensors in a line, such as `input_ids int64[8, 128]`."""
         from torch import Tensor
@@ -70,7 +80,12 @@ class Captured:
 
 
 def capture_model(
-    source: str, *, device: str = "auto", dtype: str = "auto", batch: str = DEFAULT_BATCH, weights: bool = True
+    source: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch: str = DEFAULT_BATCH,
+    weights: bool = True,
 ) -> Captured:
     """Loads and exports what the user named.
 
@@ -134,7 +149,9 @@ def _from_file(source: str, path: Path) -> Captured:
         program = torch.export.load(path)
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise OptionError(f"{source} is no exported program that this torch can load: {first_line}") from error
+        raise OptionError(
+            f"{source} is no exported program that this torch can load: {first_line}"
+        ) from error
     args, kwargs = program.example_inputs or ((), {})
     return Captured(source, program, None, tuple(args), dict(kwargs), time.perf_counter() - begin, True)
 

@@ -229,6 +229,4 @@ def _build(source: str, device: torch.device, dtype: torch.dtype) -> LoadedModel
             "(model, tokenizer), or (model, tokenizer, example)."
         )
     why = "" if tokenizer is not None else "the function returned no tokenizer"
-    return LoadedModel(
-        source, model.eval().to(device=device, dtype=dtype), tokenizer, why, example=example
-    )
+    return LoadedModel(source, model.eval().to(device=device, dtype=dtype), tokenizer, why, example=example)

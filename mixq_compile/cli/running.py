@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -23,8 +24,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """The function as a command: takes `--debug` too, and shows a MixqError as its message.
 
-    Exit codes: 2 where the user's input is wrong (OptionError), 1 for any other failure.
+    A parameter whose type is a dataclass stands for its fields, an option each: several commands share
+    them so. Exit codes: 2 where the user's input is wrong (OptionError), 1 for any other failure.
     """
+    hints = typing.get_type_hints(function, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
     @functools.wraps(function)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
@@ -32,6 +36,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
+                for name, kind in groups.items():
+                    given = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(kind)}
+                    kwargs[name] = kind(**given)
                 function(*args, **kwargs)
         except Exception as error:
             found = cause_of(error)
@@ -41,15 +48,33 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(USAGE if isinstance(found, OptionError) else FAILURE) from error
 
     # typer reads the options from the signature and from the annotations.
-    hints = typing.get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
-    option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
-    parameters = [
-        parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()
-    ]
-    run.__signature__ = signature.replace(parameters=[*parameters, option])  # type: ignore[attr-defined]
-    run.__annotations__ = {**hints, "debug": Debug}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        parameters += _options_of(groups[name]) if name in groups else [
+            parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        ]  # fmt: skip
+    parameters.append(_option("debug", Debug, default=False))
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _options_of(group: type) -> list[inspect.Parameter]:
+    """The parameters that the fields of a dataclass stand for."""
+    hints = typing.get_type_hints(group, include_extras=True)
+    return [
+        _option(
+            field.name,
+            hints[field.name],
+            inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+        )
+        for field in dataclasses.fields(group)
+    ]
 
 
 def cause_of(error: BaseException) -> MixqError | None:

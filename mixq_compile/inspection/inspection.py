@@ -5,13 +5,15 @@ Its JSON is the master format; the terminal, the HTML report and comparisons are
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mixq_compile import __version__
 from mixq_compile.errors import OptionError
-from mixq_compile.inspection.layers import LayerSummary
+from mixq_compile.inspection.cost import DeviceFigures, costs_of
+from mixq_compile.inspection.layers import LayerSummary, layers_of
 from mixq_compile.pipeline.history import History
 
 FORMAT = "mixq-inspection"
@@ -27,6 +29,14 @@ class InspectedGraph:
     history: History
     layers: tuple[LayerSummary, ...]
     """Every linear, in the order in which they run."""
+
+    @classmethod
+    def of(cls, history: History, name: str = "", figures: DeviceFigures | None = None) -> InspectedGraph:
+        """What a history tells of its graph, with costs where a device's figures are given."""
+        layers = layers_of(history)
+        if figures is not None:
+            layers = tuple(dataclasses.replace(layer, costs=costs_of(layer, figures)) for layer in layers)
+        return cls(name, history, layers)
 
     def layer(self, fqn: str) -> LayerSummary | None:
         """The layer of this name; None where the graph has no such linear."""

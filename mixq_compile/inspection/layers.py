@@ -64,13 +64,37 @@ def layers_of(history: History) -> tuple[LayerSummary, ...]:
     if history.initial is None:
         return ()
     values = {row.name: row.value for row in _all_rows(history)}
-    products = _products(history.final.rows)
-    left = {row.fqn: row for row in history.final.rows if _is_linear(row)}
+    final = history.final.rows
+    products = _products(final)
+    left = {row.fqn: row for row in final if _is_linear(row)}
     return tuple(
         _summary(row, values, products.get(fqn), left.get(fqn))
         for fqn, row in _linears(history).items()
         if fqn
     )
+
+
+def schemes_of(history: History) -> dict[str, QuantScheme]:
+    """The scheme of each linear that was rewritten, with the options for outliers applied."""
+    if history.initial is None:
+        return {}
+    products = _products(history.final.rows)
+    return {
+        fqn: QuantScheme.from_json(row.annotations["parameters"])
+        for fqn, row in _linears(history).items()
+        if fqn in products and row.annotations.get("parameters")
+    }
+
+
+def calibrated_columns(history: History) -> dict[str, list[int]]:
+    """The outlier columns that calibration chose, by layer."""
+    if history.initial is None:
+        return {}
+    return {
+        fqn: row.annotations["outlier_columns"]
+        for fqn, row in _linears(history).items()
+        if row.annotations.get("outlier_columns") is not None
+    }
 
 
 def matching(fqns: Iterable[str], pattern: str) -> tuple[str, ...]:

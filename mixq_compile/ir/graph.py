@@ -111,7 +111,6 @@ class CapturedGraph:
 
     # Values ------------------------------------------------------------------------------------
 
-
     def value(self, node: Any) -> Any:
         """The recorded value of a node: a fake tensor, a size, a tuple of them; None if unknown.
 

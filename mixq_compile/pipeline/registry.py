@@ -50,6 +50,16 @@ class PassRegistry:
             )
         self._loaders[name] = (loader, source)
 
+    def add_module(self, module: ModuleType) -> tuple[str, ...]:
+        """Registers every pass that a module defines; returns their names. A second time changes nothing."""
+        kinds = _passes_of(module)
+        for kind in kinds:
+            check_pass(kind, getattr(kind, "name", ""), module.__name__)
+            if self._loaded.get(kind.name) is not kind:
+                self.add(kind.name, functools.partial(_itself, kind), module.__name__)
+                self._loaded[kind.name] = kind
+        return tuple(kind.name for kind in kinds)
+
     def pass_names(self) -> tuple[str, ...]:
         """Names of all passes; imports none."""
         return tuple(sorted(self._loaders))
@@ -102,13 +112,17 @@ def check_pass(kind: type[Pass], name: str, source: str) -> None:
         raise PipelineError(f"{where}: every option needs a default value; {', '.join(missing)} has none.")
 
 
-def _pass_of(module: ModuleType) -> type[Pass]:
-    """The one pass that a module defines."""
-    found = [
+def _passes_of(module: ModuleType) -> list[type[Pass]]:
+    return [
         item
         for item in vars(module).values()
         if isinstance(item, type) and issubclass(item, Pass) and item.__module__ == module.__name__
     ]
+
+
+def _pass_of(module: ModuleType) -> type[Pass]:
+    """The one pass that a module defines."""
+    found = _passes_of(module)
     if len(found) != 1:
         names = ", ".join(kind.__qualname__ for kind in found) or "none"
         raise PipelineError(f"{module.__name__} must define exactly one pass; it defines {names}.")

@@ -1,0 +1,100 @@
+"""From MODEL to an inspection: capture, run the passes, measure each layer's error."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixq_compile.cli.inspection_options import CaptureOptions, PipelineChoice
+from mixq_compile.cli.output import console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mixq_compile.cli.capturing import Captured
+    from mixq_compile.inspection.inspection import InspectedGraph, Inspection
+    from mixq_compile.runtime.options import MixqOptions
+
+Figures = Annotated[
+    str,
+    typer.Option(
+        metavar="FIGURES",
+        help="Device of the expected times: h200, measure (this machine), or "
+        "float=TFLOP/s,int8=TOP/s,bandwidth=GB/s; auto is h200 on a GPU and measure on a CPU.",
+    ),
+]
+WITHOUT_WEIGHTS = "errors of layers were not measured: the model was captured without weights."
+OF_PROGRAM = "errors of layers were not measured: an exported program has no modules to run alone."
+
+
+def inspection_of(
+    source: str, capture: CaptureOptions, choice: PipelineChoice, *, errors: bool, figures: str = "auto"
+) -> Inspection:
+    """The inspection that MODEL means: the one in a file, or a new one of a model.
+
+    With `errors` the model is run once, and each layer's own error measured. Raises MixqError; OptionError
+    for wrong input.
+    """
+    from mixq_compile.inspection.files import is_inspection_file, load_inspection
+
+    path = Path(source).expanduser()
+    if is_inspection_file(path):
+        return load_inspection(path)
+    options = choice.options()  # before the model is loaded: wrong options are found at once
+    return inspection_of_captured(capture.capture(source), choice, options, errors=errors, figures=figures)
+
+
+def inspection_of_captured(
+    captured: Captured, choice: PipelineChoice, options: MixqOptions, *, errors: bool, figures: str = "auto"
+) -> Inspection:
+    """The inspection of one pipeline over a captured model."""
+    from mixq_compile.benchmarking.device_figures import figures_of
+    from mixq_compile.inspection.inspection import InspectedGraph, Inspection
+
+    graph = captured.graph()
+    pipeline = choice.pipeline_of(graph)
+    begin = time.perf_counter()
+    history = pipeline.run(graph, choice.context(options))
+    seconds = {"capture": captured.seconds, "passes": time.perf_counter() - begin}
+    made = InspectedGraph.of(history, figures=figures_of(figures, captured.device))
+    notes: tuple[str, ...] = ()
+    if errors and not captured.has_weights:
+        notes = (WITHOUT_WEIGHTS,)
+    elif errors and captured.model is None:
+        notes = (OF_PROGRAM,)
+    elif errors:
+        begin = time.perf_counter()
+        made = _with_errors(made, captured)
+        seconds["errors"] = time.perf_counter() - begin
+    return Inspection(captured.source, captured.inputs, (made,), seconds, notes)
+
+
+def _with_errors(graph: InspectedGraph, captured: Captured) -> InspectedGraph:
+    """The graph with each layer's SQNR and outlier columns, measured with a bar on stderr."""
+    from rich.progress import Progress
+
+    from mixq_compile.benchmarking.layer_errors import layer_errors
+    from mixq_compile.inspection.layers import calibrated_columns, schemes_of
+
+    assert captured.model is not None
+    schemes = schemes_of(graph.history)
+    with Progress(console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring errors", total=len(schemes))
+        announce: Callable[[str], None] = lambda fqn: progress.update(task, advance=1, description=fqn)  # noqa: E731
+        found = layer_errors(
+            captured.model, schemes, captured.args, captured.kwargs,
+            calibrated_columns(graph.history), announce,
+        )  # fmt: skip
+    layers = tuple(
+        dataclasses.replace(
+            layer, sqnr_db=found[layer.fqn].sqnr_db, found_columns=found[layer.fqn].found_columns
+        )
+        if layer.fqn in found
+        else layer
+        for layer in graph.layers
+    )
+    return dataclasses.replace(graph, layers=layers)
