@@ -10,10 +10,15 @@ import typer
 
 from mixq_compile import __version__
 from mixq_compile.cli.bench import BENCHMARKS, SUMMARY
+from mixq_compile.cli.bisect import bisect
 from mixq_compile.cli.calibrate import calibrate
 from mixq_compile.cli.demo import demo
+from mixq_compile.cli.diff import diff
 from mixq_compile.cli.doctor import doctor
 from mixq_compile.cli.eval import evaluate
+from mixq_compile.cli.explain import explain
+from mixq_compile.cli.inspect import inspect as inspect_command
+from mixq_compile.cli.layers import layers
 from mixq_compile.cli.passes import passes
 from mixq_compile.cli.pipelines import pipelines
 from mixq_compile.cli.quantize import quantize
@@ -27,6 +32,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "eval": evaluate,
     "tune": tune,
+    "inspect": inspect_command,
+    "layers": layers,
+    "explain": explain,
+    "diff": diff,
+    "bisect": bisect,
     "passes": passes,
     "pipelines": pipelines,
 }
@@ -64,6 +74,8 @@ def _root(
     MODEL, in every command, is a Hugging Face directory or hub name, a directory that
     [bold]mixq quantize[/bold] wrote, or [bold]module:function[/bold], a Python function that returns a
     model or (model, tokenizer).
+
+    See what happened to a graph, pass by pass: inspect, layers, explain, diff, bisect.
 
     Begin with: [bold]mixq doctor[/bold], then [bold]mixq demo[/bold].
 

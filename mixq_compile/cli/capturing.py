@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,7 +170,8 @@ def _without_weights(source: str, path: Path, device: str, dtype: str, batch: st
             loaded = load_model(source, device, dtype)
             model, example = loaded.model, loaded.example
         else:
-            model, example = _from_configuration(source).to(device=target, dtype=kind).eval(), None
+            with torch.device(target), _default_dtype(kind):
+                model, example = _from_configuration(source).eval(), None
         if example is None:
             made = _example(LoadedModel(source, model, None), batch)
             example = {
@@ -177,6 +179,19 @@ def _without_weights(source: str, path: Path, device: str, dtype: str, batch: st
                 for name, value in made.items()
             }
     return _export(source, model, example, has_weights=False)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Lets modules be built in a dtype: tensors without data cannot be cast afterwards."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _from_configuration(source: str) -> nn.Module:

@@ -27,6 +27,9 @@ Figures = Annotated[
         "float=TFLOP/s,int8=TOP/s,bandwidth=GB/s; auto is h200 on a GPU and measure on a CPU.",
     ),
 ]
+Errors = Annotated[
+    bool, typer.Option("--errors/--no-errors", help="Run the model once and measure each layer's SQNR.")
+]
 WITHOUT_WEIGHTS = "errors of layers were not measured: the model was captured without weights."
 OF_PROGRAM = "errors of layers were not measured: an exported program has no modules to run alone."
 

@@ -28,7 +28,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     them so. Exit codes: 2 where the user's input is wrong (OptionError), 1 for any other failure.
     """
     hints = typing.get_type_hints(function, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups: dict[str, type[Any]] = {
+        name: kind
+        for name, kind in hints.items()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
 
     @functools.wraps(function)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:

@@ -48,27 +48,33 @@ def linear_cost(layer: LayerSummary, rows: int, device: DeviceFigures) -> dict[s
     n, k, element = layer.out_features, layer.in_features, _float_bits(layer) // 8
     operations = 2 * rows * n * k
     outer = rows * (n + k) * element  # x and the result
-    before = _microseconds(operations / device.float_rate, outer + n * k * element, device)
-    found = {
+    moved = outer + n * k * element
+    before = _microseconds(operations / device.float_rate, moved, device)
+    after, moved_after = before, moved
+    if layer.scheme is not None:
+        choices = _quantized(layer, rows, device)
+        after, moved_after = min((_microseconds(seconds, moved, device), moved) for seconds, moved in choices)
+    return {
         "operations": operations,
-        "bytes": {"before": outer + n * k * element, "after": outer + n * k * element},
-        "microseconds": {"before": before, "after": before},
+        "bytes": {"before": moved, "after": moved_after},
+        "microseconds": {"before": before, "after": after},
     }
-    if layer.scheme is None:
-        return found
-    packed = packed_bytes(n, k, layer.weight_bits, layer.capacity, _float_bits(layer))
-    plain_packed = packed_bytes(n, k, layer.weight_bits, 0, _float_bits(layer))
-    choices = [(operations / device.float_rate, outer + plain_packed)]
+
+
+def _quantized(layer: LayerSummary, rows: int, device: DeviceFigures) -> list[tuple[float, int]]:
+    """Seconds of arithmetic and bytes of each way to compute a quantized linear."""
+    n, k, bits = layer.out_features, layer.in_features, _float_bits(layer)
+    element = bits // 8
+    operations, outer = 2 * rows * n * k, rows * (n + k) * element
+    ways = [(operations / device.float_rate, outer + packed_bytes(n, k, layer.weight_bits, 0, bits))]
     if layer.activation_bits <= 8:
-        outlier_operations = 2 * rows * n * layer.capacity
+        # x is read once; its codes and outlier columns are written, then read by the product.
         codes = rows * (k + layer.capacity * element)
-        # x is read once and its codes are written, then read by the product.
-        moved = packed + 2 * codes + rows * (k + n) * element
+        moved = outer + 2 * codes + packed_bytes(n, k, layer.weight_bits, layer.capacity, bits)
+        outlier_operations = 2 * rows * n * layer.capacity
         seconds = operations / device.integer_rate + outlier_operations / device.float_rate
-        choices.append((seconds, moved))
-    after, moved = min((_microseconds(seconds, moved, device), moved) for seconds, moved in choices)
-    found["bytes"]["after"], found["microseconds"]["after"] = moved, after
-    return found
+        ways.append((seconds, moved))
+    return ways
 
 
 def costs_of(layer: LayerSummary, device: DeviceFigures) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""Layers as tables: which pass touched which, and what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mixq_compile.inspection.alike import Alike, group_alike
+from mixq_compile.inspection.blast_radius import touches
+from mixq_compile.inspection.cost import ROWS
+from mixq_compile.inspection.inspection import InspectedGraph
+from mixq_compile.inspection.layers import LayerSummary
+
+MEBIBYTE = 2**20
+SQNR_STEP = 0.1
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """Texts of a table: headings, then a row for each layer or group of layers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    legend: str = ""
+
+
+def touch_table(graph: InspectedGraph, layers: Sequence[LayerSummary], *, each: bool) -> LayerTable:
+    """Layers down, passes across: nodes added, removed and changed; passes that touched none are left out.
+
+    With `each` every layer has a row of its own; else those that are alike share one.
+    """
+    by_pass = {record.index: touches(record, layers) for record in graph.history.records}
+    shown = [record for record in graph.history.records if by_pass[record.index]]
+    cells = {
+        layer.fqn: tuple(
+            touch.mark if (touch := by_pass[record.index].get(layer.fqn)) is not None else ""
+            for record in shown
+        )
+        for layer in layers
+    }
+    columns = tuple(str(record.index) for record in shown)
+    title = "nodes that each pass added (+), removed (-) and changed (~); kept: it left the layer alone"
+    names = ", ".join(f"{record.index} {record.spec.partition('{')[0]}" for record in shown)
+    return LayerTable(title, ("layer", *columns), _rows(cells, each=each), f"passes: {names}")
+
+
+def summary_table(layers: Sequence[LayerSummary], *, each: bool) -> LayerTable:
+    """What became of each layer: scheme, kernel, bits, outlier columns, error, bytes, or why it was left."""
+    cells = {layer.fqn: _summary_cells(layer) for layer in layers}
+    keys = {fqn: values[:-2] for fqn, values in cells.items()}
+    rows = []
+    for group in _groups(keys, each=each):
+        members = [layer for layer in layers if layer.fqn in group.fqns]
+        rows.append((group.label, *cells[group.fqns[0]][:-2], _outliers(members), _sqnr(members)))
+    columns = ("layer", "N×K", "scheme", "kernel", "MiB", "outliers", "SQNR dB")
+    return LayerTable("what became of each linear", columns, tuple(rows))
+
+
+def cost_table(layers: Sequence[LayerSummary], *, each: bool) -> LayerTable:
+    """Operations, and expected time before → after, of each layer at each number of rows."""
+    cells = {
+        layer.fqn: tuple(_cost(layer, rows) for rows in ROWS) if layer.costs else ("–",) * len(ROWS)
+        for layer in layers
+    }
+    columns = tuple(f"M = {rows}" for rows in ROWS)
+    title = "expected µs by a roofline, before → after quantization, at M rows"
+    return LayerTable(title, ("layer", *columns), _rows(cells, each=each))
+
+
+def _groups(cells: dict[str, tuple[str, ...]], *, each: bool) -> list[Alike]:
+    return group_alike({fqn: (fqn, values) if each else values for fqn, values in cells.items()})
+
+
+def _rows(cells: dict[str, tuple[str, ...]], *, each: bool) -> tuple[tuple[str, ...], ...]:
+    return tuple((group.label, *cells[group.fqns[0]]) for group in _groups(cells, each=each))
+
+
+def _summary_cells(layer: LayerSummary) -> tuple[str, ...]:
+    shape = f"{layer.out_features}×{layer.in_features}" if layer.out_features else "–"
+    if layer.scheme is None:
+        return shape, f"left alone: {layer.skip}", "", _mebibytes(layer.bytes_before), "", ""
+    sizes = f"{_mebibytes(layer.bytes_before)} → {_mebibytes(layer.bytes_after)}"
+    return shape, layer.scheme, layer.kernel or "auto", sizes, _outliers([layer]), _sqnr([layer])
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / MEBIBYTE:.2f}"
+
+
+def _outliers(layers: Sequence[LayerSummary]) -> str:
+    """Outlier columns of capacity: found while running, else calibrated; a range over several layers."""
+    capacity = layers[0].capacity
+    if not capacity:
+        return ""
+    counts = [
+        layer.found_columns if layer.found_columns is not None else layer.calibrated_columns
+        for layer in layers
+    ]
+    low, high = min(counts), max(counts)
+    return f"{low}/{capacity}" if low == high else f"{low}–{high}/{capacity}"
+
+
+def _sqnr(layers: Sequence[LayerSummary]) -> str:
+    found = [layer.sqnr_db for layer in layers if layer.sqnr_db is not None]
+    if not found:
+        return ""
+    low, high = min(found), max(found)
+    return f"{low:.1f}" if high - low < SQNR_STEP else f"{low:.1f}–{high:.1f}"
+
+
+def _cost(layer: LayerSummary, rows: int) -> str:
+    cost = layer.costs[str(rows)]["microseconds"]
+    if layer.scheme is None:
+        return f"{_figure(cost['before'])}"
+    gain = cost["before"] / cost["after"] if cost["after"] else 0
+    return f"{_figure(cost['before'])} → {_figure(cost['after'])}  ({gain:.2f}×)"
+
+
+def _figure(microseconds: float) -> str:
+    return f"{microseconds:.3g}" if microseconds < 1000 else f"{microseconds:.0f}"
