@@ -53,7 +53,7 @@ try:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.language.extra.cuda import gdc_wait
 except ImportError:
     from mixq_compile.kernels.tl import toolkit
 
@@ -308,7 +308,7 @@ def _specialized_warps(
     for place in gl.static_range(BUFFERS):
         mbarrier.init(ready.index(place), count=1)
         mbarrier.init(empty.index(place), count=1)
-    gdc_launch_dependents()
+    # The next launch is not let in early: its programs would crowd the processors that finish first.
     gdc_wait()
     row_tiles, column_tiles = gl.cdiv(rows, BLOCK_M), gl.cdiv(features, features_of_tile)
     steps = gl.cdiv(columns, BLOCK_K)

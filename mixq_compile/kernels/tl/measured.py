@@ -14,8 +14,8 @@ from mixq_compile.ops.providers import KernelQuery
 log = logging.getLogger(__name__)
 
 SMALL_BATCH = 16
-NARROW_SMALL_BATCH = 32
-NARROW = 8192
+SMALL_BATCHES_OF_NARROW = ((4096, 32), (8192, 20))
+"""Up to so many out_features, the largest M that the weight-only kernels serve better."""
 FOUR_BIT_SMALL_BATCH = 64
 LARGEST_ROWS = 8192
 
@@ -24,9 +24,9 @@ def small_batch(query: KernelQuery) -> int:
     """The largest M that the weight-only kernels serve better."""
     if query.weight_bits == 4:
         return FOUR_BIT_SMALL_BATCH
-    if query.out_features is not None and query.out_features <= NARROW:
-        return NARROW_SMALL_BATCH
-    return SMALL_BATCH
+    features = query.out_features
+    fitting = (rows for most, rows in SMALL_BATCHES_OF_NARROW if features is not None and features <= most)
+    return next(fitting, SMALL_BATCH)
 
 
 @functools.cache
