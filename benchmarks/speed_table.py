@@ -13,7 +13,7 @@ from mixq_compile.kernels.tl.speed_table import SHIPPED, SpeedTable
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "NVIDIA H200"
 SINGLE_LINEARS = {"linear_h200": 8, "linear_h200_int4": 4}
-KERNEL_BENCHMARKS = {"kernels_h200": 8, "kernels_h200_int4": 4}
+KERNEL_BENCHMARKS = {"kernels_h200": 8, "kernels_h200_int4": 4, "kernels_middle_h200": 8}
 
 
 def main() -> None:
