@@ -18,6 +18,10 @@ class PipelineError(MixqError):
     """A pipeline text, contract or pass failed."""
 
 
+class ContractError(PipelineError, OptionError):
+    """The passes of a pipeline are in an order in which one lacks what it requires."""
+
+
 class VerificationError(PipelineError):
     """A graph's recorded shapes, dtypes or annotations contradict what its operators compute."""
 

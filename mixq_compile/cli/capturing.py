@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -143,6 +144,9 @@ def _from_file(source: str, path: Path) -> Captured:
 
     from mixq_compile import ops  # noqa: F401  # defines torch.ops.mixq, which the file may call
 
+    with contextlib.suppress(ImportError):
+        # A transformers model's program returns a class of theirs, which they make known to torch.
+        importlib.import_module("transformers.modeling_outputs")
     if not path.is_file():
         raise OptionError(f"{source} does not exist. An exported program is written by torch.export.save.")
     begin = time.perf_counter()
@@ -167,7 +171,8 @@ def _without_weights(source: str, path: Path, device: str, dtype: str, batch: st
     kind = resolve_dtype(dtype, target)
     with shapes_only():
         if BUILDER.fullmatch(source) and not path.exists():
-            loaded = load_model(source, device, dtype)
+            with torch.device(target), _default_dtype(kind):
+                loaded = load_model(source, device, dtype)
             model, example = loaded.model, loaded.example
         else:
             with torch.device(target), _default_dtype(kind):

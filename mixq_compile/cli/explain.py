@@ -41,7 +41,7 @@ def explain(
     Shows too what computes the layer in the end, which passes made those nodes, and what it costs before
     and after.
 
-    Examples: [bold]mixq explain MODEL lm_head[/bold]  ·  [bold]mixq explain MODEL '*.layers.0.*down_proj'
+    Example: [bold]mixq explain MODEL lm_head[/bold]  ·  [bold]mixq explain MODEL '*.layers.0.*down_proj'
     --scheme w4a8o16[/bold]
     """
     from mixq_compile.inspection.explanation import explanation_of

@@ -57,6 +57,10 @@ def inspect(
     dump_pipeline: Annotated[
         bool, typer.Option("--dump-pipeline", help="Print the pipeline's text with all options, and stop.")
     ] = False,
+    reproducer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where a pass fails: write a folder that shows it by itself."),
+    ] = None,
     errors: Errors = False,
     figures: Figures = "auto",
 ) -> None:
@@ -65,7 +69,7 @@ def inspect(
     The model is captured by torch.export; nothing is compiled, and no GPU is needed. MODEL may also be a
     file that this command wrote (--json, --html): it is then shown again, without the model.
 
-    Examples: [bold]mixq inspect MODEL[/bold] (the table of passes)  ·  [bold]mixq inspect MODEL --after
+    Example: [bold]mixq inspect MODEL[/bold] (the table of passes)  ·  [bold]mixq inspect MODEL --after
     rewrite-mixed-linear --fqn '*.0.*q_proj'[/bold] (one rewrite as a patch)  ·  [bold]mixq inspect MODEL
     --html report.html[/bold]  ·  [bold]mixq inspect llama-2-7b --no-weights[/bold]
     """
@@ -75,7 +79,7 @@ def inspect(
     if dump_pipeline:
         print(_pipeline_of(model, capture, choice))
         return
-    inspection = inspection_of(model, capture, choice, errors=errors, figures=figures)
+    inspection = inspection_of(model, capture, choice, errors=errors, figures=figures, reproducer=reproducer)
     if json == STDOUT:
         print_json(inspection.to_json())
         return
@@ -156,16 +160,14 @@ def print_state(target: Console, index: int, what: str) -> None:
 
 def _print_changes(graph: InspectedGraph, after: str, fqn: str | None) -> None:
     """Prints the changes of the chosen passes, those of the layers that `fqn` means."""
-    from mixq_compile.inspection.layers import matching
-    from mixq_compile.inspection.text import every_node, node_changes, print_patch
+    from mixq_compile.inspection.layers import lies_in
+    from mixq_compile.inspection.text import node_changes, print_patch
 
-    known = {row.fqn for row in _all_rows(graph)}
-    chosen = set(matching(known, fqn)) if fqn is not None else known
-    if not chosen:
-        raise unknown_name("layer", fqn or "", [layer.fqn for layer in graph.layers])
+    if fqn is not None and not any(lies_in(row.fqn, fqn) for row in _all_rows(graph)):
+        raise unknown_name("layer", fqn, [layer.fqn for layer in graph.layers])
 
     def wanted(row: NodeRow) -> bool:
-        return _lies_in(row.fqn, chosen)
+        return fqn is None or lies_in(row.fqn, fqn)
 
     target = console()
     for record in chosen_records(graph, after):
@@ -174,18 +176,9 @@ def _print_changes(graph: InspectedGraph, after: str, fqn: str | None) -> None:
             target.print("the run took no snapshots", style="dim")
             continue
         before = graph.history.snapshot(record.index - 1)
-        printed = print_patch(before, record.diff, wanted if fqn is not None else every_node, target)
+        printed = print_patch(before, record.diff, wanted, target)
         if not printed:
             target.print("nothing changed" + (f" in {fqn}" if fqn else ""), style="dim", markup=False)
-
-
-def _lies_in(fqn: str, chosen: set[str]) -> bool:
-    """True for one of the chosen names, and for what belongs to one, as a weight does to its linear."""
-    while fqn:
-        if fqn in chosen:
-            return True
-        fqn = fqn.rpartition(".")[0]
-    return False
 
 
 def _all_rows(graph: InspectedGraph) -> list[NodeRow]:

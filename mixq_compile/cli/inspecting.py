@@ -35,20 +35,42 @@ OF_PROGRAM = "errors of layers were not measured: an exported program has no mod
 
 
 def inspection_of(
-    source: str, capture: CaptureOptions, choice: PipelineChoice, *, errors: bool, figures: str = "auto"
+    source: str,
+    capture: CaptureOptions,
+    choice: PipelineChoice,
+    *,
+    errors: bool,
+    figures: str = "auto",
+    reproducer: Path | None = None,
 ) -> Inspection:
     """The inspection that MODEL means: the one in a file, or a new one of a model.
 
-    With `errors` the model is run once, and each layer's own error measured. Raises MixqError; OptionError
-    for wrong input.
+    With `errors` the model is run once, and each layer's own error measured. Where a pass fails, a folder
+    that shows it is written to `reproducer`. Raises MixqError; OptionError for wrong input.
     """
     from mixq_compile.inspection.files import is_inspection_file, load_inspection
+    from mixq_compile.pipeline import PassError
+    from mixq_compile.runtime.candidates import Example
+    from mixq_compile.runtime.reproducer import SCRIPT, Finding, require_empty, write_reproducer
 
+    if reproducer is not None:
+        require_empty(reproducer)
     path = Path(source).expanduser()
     if is_inspection_file(path):
         return load_inspection(path)
     options = choice.options()  # before the model is loaded: wrong options are found at once
-    return inspection_of_captured(capture.capture(source), choice, options, errors=errors, figures=figures)
+    captured = capture.capture(source)
+    try:
+        return inspection_of_captured(captured, choice, options, errors=errors, figures=figures)
+    except PassError as error:
+        if reproducer is None or not captured.has_weights:
+            raise
+        example = Example(captured.program, captured.args, captured.kwargs)
+        pipeline = choice.pipeline_of(captured.graph())
+        write_reproducer(reproducer, example, pipeline, Finding(str(error)), options.stats)
+        raise PassError(
+            f"{error}\n  reproducer: python {reproducer / SCRIPT}", error.record, error.history
+        ) from error
 
 
 def inspection_of_captured(

@@ -41,7 +41,7 @@ def layers(
     the error that this layer adds (40 dB is one percent). Expected times are a roofline over the device's
     figures, without launches and caches: they rank layers, and `mixq bench layers` measures them.
 
-    Examples: [bold]mixq layers MODEL[/bold]  ·  [bold]mixq layers MODEL --fqn down_proj --each[/bold]  ·
+    Example: [bold]mixq layers MODEL[/bold]  ·  [bold]mixq layers MODEL --fqn down_proj --each[/bold]  ·
     [bold]mixq layers llama-2-7b --force --figures h200[/bold]
     """
     inspection = inspection_of(model, capture, choice, errors=errors, figures=figures)

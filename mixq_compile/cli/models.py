@@ -229,4 +229,13 @@ def _build(source: str, device: torch.device, dtype: torch.dtype) -> LoadedModel
             "(model, tokenizer), or (model, tokenizer, example)."
         )
     why = "" if tokenizer is not None else "the function returned no tokenizer"
-    return LoadedModel(source, model.eval().to(device=device, dtype=dtype), tokenizer, why, example=example)
+    return LoadedModel(source, _moved(model.eval(), device, dtype), tokenizer, why, example=example)
+
+
+def _moved(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model on this device and in this dtype; tensors without data cannot be moved, and need not."""
+    there = all(
+        tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())
+        for tensor in (*model.parameters(), *model.buffers())
+    )
+    return model if there else model.to(device=device, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -104,6 +105,11 @@ def matching(fqns: Iterable[str], pattern: str) -> tuple[str, ...]:
         for fqn in fqns
         if fqn == pattern or pattern in fqn.split(".") or fnmatch.fnmatchcase(fqn, pattern)
     )
+
+
+def lies_in(fqn: str, pattern: str) -> bool:
+    """True where the pattern means the name, or a module that it is a part of."""
+    return bool(matching(itertools.accumulate(fqn.split("."), "{}.{}".format), pattern))
 
 
 def _all_rows(history: History) -> Iterator[NodeRow]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import torch
+
 from mixq_compile.ir.snapshot import NodeRow, Snapshot
 
 HEADER = """\
@@ -18,7 +20,6 @@ from torch import device
 """
 INDENT = "    "
 _REFERENCE = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|%(\w+)")
-_OPERATORS = re.compile(r"(?:aten|mixq|prims|\w+)\.\w+\.\w+")
 
 
 def program_text(snapshot: Snapshot) -> str:
@@ -84,6 +85,7 @@ def _attribute(target: str) -> str:
 
 def _function(target: str) -> str:
     """How to name a function: an operator of a library, of Python, or a function below torch."""
-    if _OPERATORS.fullmatch(target):
-        return f"torch.ops.{target}"
-    return f"torch.{target}" if "." in target else f"operator.{target}"
+    first, dot, _ = target.partition(".")
+    if not dot:
+        return f"operator.{target}"
+    return f"torch.{target}" if hasattr(torch, first) else f"torch.ops.{target}"

@@ -118,7 +118,7 @@ def operator_changes(history: History) -> list[tuple[str, int, int]]:
 def _console(console: Console | None) -> Console:
     from rich.console import Console
 
-    return console if console is not None else Console(highlight=False)
+    return console if console is not None else Console(highlight=False, emoji=False)
 
 
 def _line(line: PatchLine) -> Text:

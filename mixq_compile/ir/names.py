@@ -96,9 +96,17 @@ def module_source(node: Node) -> str | None:
 def module_type(node: Node) -> str | None:
     """The class of the innermost module whose forward made a node, such as `transformers...LlamaMLP`."""
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return None
-    _, kind = next(reversed(stack.values()))
+    return _type_name(next(reversed(stack.values()))[1]) if stack else None
+
+
+def outermost_type(node: Node) -> str | None:
+    """The class of the outermost module around a node, torch's own left out; None if there is none."""
+    stack = node.meta.get("nn_module_stack") or {}
+    kinds = (_type_name(kind) for _, kind in stack.values())
+    return next((kind for kind in kinds if not kind.startswith("torch.")), None)
+
+
+def _type_name(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mixq_compile.errors import OptionError, PipelineError, unknown_name
+from mixq_compile.errors import ContractError, OptionError, unknown_name
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline.history import History
 from mixq_compile.pipeline.options import format_value
@@ -67,7 +67,7 @@ class Pipeline:
     def build(self, established: Iterable[str] = ()) -> Pipeline:
         """Checks every pass's requirements; returns the pipeline itself.
 
-        Raises PipelineError that lists all that are not met. `established` are facts that hold before
+        Raises ContractError that lists all that are not met. `established` are facts that hold before
         the first pass.
         """
         problems: list[str] = []
@@ -80,7 +80,7 @@ class Pipeline:
             lost |= dict.fromkeys(step.invalidates, f"pass {index}, {step.name},")
         if problems:
             listed = "\n".join(problems)
-            raise PipelineError(
+            raise ContractError(
                 f"{len(problems)} requirement(s) of this pipeline are not met:\n{listed}\n{self}"
             )
         return self
@@ -113,7 +113,7 @@ class Pipeline:
         """Rewrites the graph in place and returns what happened.
 
         `verify`: check what each pass touched (incremental), everything behind each pass (full), or
-        nothing (off). Raises PipelineError where requirements are not met, PassError where a pass
+        nothing (off). Raises ContractError where requirements are not met, PassError where a pass
         fails, PassVerificationError where one leaves a graph that does not hold; the last two carry
         the history up to then.
         """

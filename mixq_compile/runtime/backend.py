@@ -18,6 +18,7 @@ from mixq_compile.runtime.compilation import LinearRecord, record
 from mixq_compile.runtime.compiled_graph import CompiledGraph, copy_graph_module
 from mixq_compile.runtime.instances import GraphInstances
 from mixq_compile.runtime.linear_records import linear_records
+from mixq_compile.runtime.observation import observe
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import default_pipeline, pipeline_for
 from mixq_compile.runtime.release import release
@@ -61,6 +62,7 @@ def _compile_graph(
         log.exception("a pass failed, and on_error is 'fallback': this graph is compiled unquantized")
         record(options, None, (), parameters, fallback=f"{type(error).__name__}: {error}")
         return CompiledGraph(graph.with_module(untouched), example_inputs, options)
+    observe(graph, history, options.report)
     linears = linear_records(graph)
     record(options, history, linears, parameters)
     if default != "swapped":

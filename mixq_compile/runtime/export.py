@@ -99,12 +99,12 @@ def compile(
     history = pipeline_for(chosen, default_pipeline(graph, ordinary="aot")).run(graph, context)
     with torch.no_grad():
         rewritten = torch.export.export(
-            graph.module, args, kwargs, dynamic_shapes=_dynamic_shapes(program, args, kwargs), strict=False
+            graph.module, args, kwargs, dynamic_shapes=dynamic_shapes_of(program, args, kwargs), strict=False
         )
     return rewritten, history
 
 
-def _dynamic_shapes(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def dynamic_shapes_of(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The dynamic sizes of a captured program, for exporting it again; None where all are fixed."""
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     # Inputs that are no tensors, such as use_cache=False, stand there as themselves.

@@ -75,6 +75,8 @@ class MixqOptions:
     """raise, or fallback: compile the unquantized graph and say so."""
     pipeline: str | None = None
     """A pipeline's name or text in place of the one chosen automatically."""
+    report: str | None = None
+    """A file, such as report.html, to write what each pass did to each compiled graph."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
     """Inductor configuration to pass on, such as {"max_autotune": True}."""
 
@@ -92,6 +94,8 @@ class MixqOptions:
         OutlierPolicy(
             threshold=DEFAULT_THRESHOLD if self.threshold is None else self.threshold, capacity=self.capacity
         )
+        if self.report is not None and not Path(self.report).expanduser().resolve().parent.is_dir():
+            raise OptionError(f"report={self.report!r} lies in a folder that does not exist: make it first.")
         if self.pipeline is not None:
             Pipeline.parse(self.pipeline).build()
         if self.miss == "static" and self.stats is None and self.quant_scheme.outliers is not None:
@@ -149,6 +153,8 @@ class MixqOptions:
             raise OptionError(
                 f"stats must be CalibrationStats or the path of a file of them, not {type(stats).__name__}."
             )
+        if isinstance(given.get("report"), os.PathLike):
+            given["report"] = os.fspath(given["report"])
         if "ignore" in given:
             given["ignore"] = _names_in(given["ignore"])
         if "layers" in given:

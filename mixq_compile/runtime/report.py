@@ -12,6 +12,7 @@ from torch import nn
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.runtime.compilation import LinearRecord, compilations_of, swapped_linears
 from mixq_compile.runtime.mixq_linear import MixqLinear
+from mixq_compile.runtime.report_html import report_html
 from mixq_compile.runtime.weight_store import STORE
 
 
@@ -101,6 +102,10 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return report_html(self)
 
 
 def _from_record(record: LinearRecord) -> LinearReport:

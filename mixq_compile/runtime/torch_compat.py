@@ -95,6 +95,21 @@ def mode_names() -> tuple[str, ...]:
     return tuple(list_mode_options())
 
 
+def compile_id() -> str:
+    """What torch calls the compilation under way, such as `0/1`; empty outside of one."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return "" if current is None else str(current)
+
+
+def trace_artifact(name: str, payload: Callable[[], str], encoding: str = "string") -> None:
+    """Hands a text to torch's structured trace (TORCH_TRACE), which tlparse shows; else it is not made."""
+    from torch._logging import trace_structured  # type: ignore[attr-defined]
+
+    trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
 def freezing_is_on() -> bool:
     """True where the user asked Inductor to bake parameters into the compiled code."""
     import torch._inductor.config as inductor_config

@@ -61,3 +61,35 @@ def convolution() -> Any:
 
 def nothing() -> None:
     return None
+
+
+def differences(steps: int = 12) -> tuple[Any, None, Any]:
+    """A chain of layers that each subtract their offset: exchanging operands of one changes the result."""
+    import torch
+    from torch import nn
+
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offset = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - self.offset
+
+    return nn.Sequential(*(Shift() for _ in range(steps))), None, torch.full((2, 4), 20.0)
+
+
+def positions() -> tuple[Any, None, Any]:
+    """A model that returns no floating-point number."""
+    import torch
+    from torch import nn
+
+    class Largest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offset = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x - self.offset).argmax(-1)
+
+    return Largest(), None, torch.eye(4)

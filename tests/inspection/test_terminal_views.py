@@ -9,7 +9,14 @@ from rich.console import Console
 from throwaway_passes import REGISTRY
 
 from mixq_compile.inspection import text
-from mixq_compile.inspection.text import print_diff, print_history, print_program, program_line
+from mixq_compile.inspection.program import program_text
+from mixq_compile.inspection.text import (
+    operator_changes,
+    print_diff,
+    print_history,
+    print_patch,
+    print_program,
+)
 from mixq_compile.pipeline import Fuel, History, PassContext, Pipeline
 
 
@@ -57,13 +64,32 @@ def test_no_color_is_respected(
 def test_a_program_line_shows_type_shape_and_scheme(history: History, console: Console) -> None:
     print_program(history.final, console)
     lines = printed(console).splitlines()
-    assert len(lines) == len(history.final.rows)
-    assert any("aten.linear.default(" in line and "# float32[2, 16]  [w8a8o16]" in line for line in lines)
+    assert any("aten.linear.default(" in line and "# float32[2, 16] | w8a8o16" in line for line in lines)
 
 
 def test_brackets_in_a_program_are_text_and_no_markup(history: History, console: Console) -> None:
     print_program(history.final, console)
-    assert printed(console).splitlines() == [program_line(row) for row in history.final.rows]
+    assert printed(console) == program_text(history.final)
+
+
+def test_the_captured_graph_is_the_first_line_of_the_table(history: History, console: Console) -> None:
+    print_history(history, console)
+    assert history.initial is not None
+    (line,) = (line for line in printed(console).splitlines() if "as captured" in line)
+    assert str(len(history.initial.rows)) in line
+
+
+def test_a_patch_shows_the_layers_of_its_changes(history: History, console: Console) -> None:
+    diff = history.records[1].diff
+    assert diff is not None
+    count = print_patch(history.snapshot(1), diff, lambda row: row.fqn == "first", console)
+    lines = printed(console).splitlines()
+    assert lines[0] == "@@ first"
+    assert count == sum(line[0] in "+-" for line in lines) > 0
+
+
+def test_operators_that_are_called_more_or_less_often_are_counted(history: History) -> None:
+    assert operator_changes(history) == [("aten.neg.default", 0, 2)]
 
 
 def test_a_difference_is_a_patch(history: History, console: Console) -> None:

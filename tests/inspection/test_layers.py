@@ -1,0 +1,91 @@
+import pytest
+from inspected_models import llama_inspection, run_history
+
+from mixq_compile.inspection.blast_radius import layer_of, touches
+from mixq_compile.inspection.layers import NEVER_REWRITTEN, layers_of, matching, packed_bytes, sizes
+from mixq_compile.pipeline import History
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def history() -> History:
+    return llama_inspection().graphs[0].history
+
+
+def test_every_linear_is_a_layer_in_the_order_in_which_they_run(history: History) -> None:
+    names = [layer.fqn.rpartition(".")[2] for layer in layers_of(history)]
+    assert names == [*PROJECTIONS, *PROJECTIONS, "lm_head"]
+
+
+def test_a_layer_has_its_shape_scheme_kernel_and_bytes(history: History) -> None:
+    (down,) = (layer for layer in layers_of(history) if layer.fqn == "model.layers.1.mlp.down_proj")
+    assert (down.out_features, down.in_features, down.dtype, down.role) == (32, 64, "float32", "down")
+    assert (down.scheme, down.kernel, down.skip) == ("w8a8o16", "ref", None)
+    assert (down.weight_bits, down.activation_bits, down.capacity) == (8, 8, 16)
+    assert down.bytes_before == 32 * 64 * 4
+    assert down.bytes_after == 32 * 64 + 32 * 4 + 16 * (32 * 4 + 4)
+    assert "down_proj" in down.where
+
+
+def test_a_layer_that_was_left_alone_says_why(history: History) -> None:
+    head = layers_of(history)[-1]
+    assert head.scheme is None
+    assert "lm_head" in (head.skip or "")
+    assert head.bytes_after == head.bytes_before
+
+
+def test_a_layer_whose_rewrite_had_no_fuel_says_so() -> None:
+    # 15 linears are named and decided about, one is rewritten.
+    first, second, *_ = layers_of(run_history(fuel=15 + 14 + 3))
+    chosen = [layer for layer in layers_of(run_history(fuel=40)) if layer.skip == NEVER_REWRITTEN]
+    assert chosen, "with little fuel some linears have a scheme and no quantized product"
+    assert first.scheme is None or second.scheme is None
+
+
+def test_four_bit_layers_take_half_the_bytes_of_codes() -> None:
+    eight, four = (packed_bytes(8, 33, bits, 0, 16) for bits in (8, 4))
+    assert eight - 8 * 4 == 8 * 33
+    assert four - 8 * 4 == 8 * 17
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("lm_head", 1), ("q_proj", 2), ("model.layers.0.*", 7), ("*.down_proj", 2), ("absent", 0)],
+)
+def test_a_pattern_is_a_name_a_part_of_one_or_a_glob(history: History, pattern: str, count: int) -> None:
+    assert len(matching([layer.fqn for layer in layers_of(history)], pattern)) == count
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("float32[2, 64]", ("float32", 32, (2, 64))),
+        ("bfloat16[s0, 64] cuda:0", ("bfloat16", 16, (0, 64))),
+        ("int8[]", ("int8", 8, ())),
+        ("(int8[4], float32[4])", ("", 0, ())),
+        ("", ("", 0, ())),
+    ],
+)
+def test_sizes_are_read_from_a_described_value(value: str, expected: object) -> None:
+    assert sizes(value) == expected
+
+
+def test_a_node_lies_in_the_layer_that_it_is_a_part_of() -> None:
+    known = {"model.layers.0.mlp.up_proj"}
+    assert layer_of("model.layers.0.mlp.up_proj.weight.codes", known) == "model.layers.0.mlp.up_proj"
+    assert layer_of("model.layers.0.mlp", known) is None
+    assert layer_of("", known) is None
+
+
+def test_the_blast_radius_counts_what_a_pass_did_to_each_layer(history: History) -> None:
+    layers = layers_of(history)
+    by_name = {record.spec.partition("{")[0]: touches(record, layers) for record in history.records}
+    rewritten = by_name["rewrite-mixed-linear"]
+    assert set(rewritten) == {layer.fqn for layer in layers if layer.scheme is not None}
+    touch = rewritten["model.layers.0.mlp.down_proj"]
+    assert (touch.removed, touch.applied) == (1, 1)
+    assert touch.added >= 10
+    assert touch.mark.startswith(f"+{touch.added} -1")
+    assert by_name["select-scheme"]["lm_head"].skipped == 1
+    assert by_name["verify"] == {}
