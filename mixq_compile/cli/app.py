@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mixq_compile import __version__
+from mixq_compile.cli.area import area
 from mixq_compile.cli.bench import BENCHMARKS, SUMMARY
 from mixq_compile.cli.bisect import bisect
 from mixq_compile.cli.calibrate import calibrate
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain,
     "diff": diff,
     "bisect": bisect,
+    "area": area,
     "passes": passes,
     "pipelines": pipelines,
 }

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 WIDTH = 120
 """Columns where the output is no terminal, which would tell its own."""
 MEBIBYTE = 2**20
+NEVER_FOLDED = 12
+"""Characters of a cell that stay on one line."""
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -54,7 +56,11 @@ def print_table(
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(columns):
         if place < left:
-            made.add_column(heading, overflow="fold", no_wrap=place == 0)
+            # A word that fits is not broken: only longer texts are folded.
+            longest = max((len(row[place]) for row in rows), default=0)
+            made.add_column(
+                heading, overflow="fold", no_wrap=place == 0, min_width=min(longest, NEVER_FOLDED)
+            )
         else:
             made.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
