@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import area_tables
+from area_tables import markdown as _markdown
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -20,11 +23,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 def _load(name: str) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return loaded
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def demo() -> str:
@@ -232,6 +230,9 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "peers": ("docs/benchmarks.md", peers),
     "breakdown": ("docs/benchmarks.md", breakdown),
     "structure": ("docs/benchmarks.md", structure),
+    "area-units": ("docs/area.md", area_tables.units),
+    "area-comparison": ("docs/area.md", area_tables.comparison),
+    "area-validation": ("docs/area.md", area_tables.validation),
     "perplexity": ("README.md", perplexity),
     "architectures": ("docs/models.md", architectures),
 }
