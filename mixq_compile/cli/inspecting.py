@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mixq_compile.cli.capturing import Captured
     from mixq_compile.inspection.inspection import InspectedGraph, Inspection
+    from mixq_compile.inspection.layers import LayerSummary
     from mixq_compile.runtime.options import MixqOptions
 
 Figures = Annotated[
@@ -30,6 +31,7 @@ Figures = Annotated[
 Errors = Annotated[
     bool, typer.Option("--errors/--no-errors", help="Run the model once and measure each layer's SQNR.")
 ]
+FULL_PRECISION = "fp16"
 WITHOUT_WEIGHTS = "errors of layers were not measured: the model was captured without weights."
 OF_PROGRAM = "errors of layers were not measured: an exported program has no modules to run alone."
 
@@ -95,7 +97,29 @@ def inspection_of_captured(
         begin = time.perf_counter()
         made = _with_errors(made, captured)
         seconds["errors"] = time.perf_counter() - begin
-    return Inspection(captured.source, captured.inputs, (made,), seconds, notes)
+    return Inspection(captured.source, captured.inputs, (_with_areas(made),), seconds, notes)
+
+
+def _with_areas(graph: InspectedGraph) -> InspectedGraph:
+    """The graph with each layer's circuit area, where what it depends on is known."""
+    return dataclasses.replace(
+        graph, layers=tuple(dataclasses.replace(layer, area=_area(layer)) for layer in graph.layers)
+    )
+
+
+def _area(layer: LayerSummary) -> float | None:
+    """NAND2 equivalents with stages beside the product folded; outlier columns are counted, never guessed."""
+    from mixq_compile.area import Assumptions
+    from mixq_compile.area.linear_areas import ESTIMATES, NEEDS_COLUMNS, LinearSize, linear_area
+
+    scheme = layer.scheme or FULL_PRECISION
+    columns = layer.found_columns if layer.found_columns is not None else layer.calibrated_columns or None
+    assumptions = Assumptions(folding="rate-matched")
+    known = scheme in ESTIMATES and (scheme not in NEEDS_COLUMNS or columns is not None)
+    if not known or not layer.out_features or layer.in_features < assumptions.lanes_k:
+        return None
+    size = LinearSize(layer.out_features, layer.in_features, outlier_columns=columns)
+    return round(linear_area(size, scheme, assumptions).total)
 
 
 def _with_errors(graph: InspectedGraph, captured: Captured) -> InspectedGraph:

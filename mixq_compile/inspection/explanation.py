@@ -47,6 +47,8 @@ class Explanation:
             found["outlier columns"] = f"{known}, of at most {layer.capacity}"
         if layer.sqnr_db is not None:
             found["error of the layer alone"] = f"{layer.sqnr_db:.1f} dB SQNR"
+        if layer.area is not None:
+            found["circuit area"] = f"{layer.area:.2g} NAND2 equivalents: 16 lanes, side stages folded"
         for rows, cost in layer.costs.items():
             times, moved = cost["microseconds"], cost["bytes"]
             found[f"expected at M = {rows}"] = (

@@ -13,6 +13,7 @@ from mixq_compile.inspection.layers import LayerSummary
 
 MEBIBYTE = 2**20
 SQNR_STEP = 0.1
+KILO = 1000
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ def summary_table(layers: Sequence[LayerSummary], *, each: bool) -> LayerTable:
     rows = []
     for group in _groups(keys, each=each):
         members = [layer for layer in layers if layer.fqn in group.fqns]
-        rows.append((group.label, *cells[group.fqns[0]][:-2], _outliers(members), _sqnr(members)))
-    columns = ("layer", "N×K", "scheme", "kernel", "MiB", "outliers", "SQNR dB")
-    return LayerTable("what became of each linear", columns, tuple(rows))
+        measured = (_outliers(members), _sqnr(members), _area(members))
+        rows.append((group.label, *cells[group.fqns[0]][:-2], *measured))
+    columns = ("layer", "N×K", "scheme", "kernel", "MiB", "outliers", "SQNR dB", "area")
+    return LayerTable("what became of each linear; area in NAND2 equivalents", columns, tuple(rows))
 
 
 def cost_table(layers: Sequence[LayerSummary], *, each: bool) -> LayerTable:
@@ -107,6 +109,15 @@ def _sqnr(layers: Sequence[LayerSummary]) -> str:
         return ""
     low, high = min(found), max(found)
     return f"{low:.1f}" if high - low < SQNR_STEP else f"{low:.1f}–{high:.1f}"
+
+
+def _area(layers: Sequence[LayerSummary]) -> str:
+    """Thousands of NAND2 equivalents; a range over several layers."""
+    found = [layer.area / KILO for layer in layers if layer.area is not None]
+    if not found:
+        return ""
+    low, high = f"{min(found):.2g}k", f"{max(found):.2g}k"
+    return low if low == high else f"{low}–{high}"
 
 
 def _cost(layer: LayerSummary, rows: int) -> str:

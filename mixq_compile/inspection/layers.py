@@ -57,7 +57,7 @@ class LayerSummary:
     costs: dict[str, Any] = field(default_factory=dict)
     """By number of rows: operations, bytes moved and expected time, before and after."""
     area: float | None = None
-    """Circuit area; None where none was estimated."""
+    """Circuit area in NAND2 equivalents; None where none was estimated."""
 
 
 def layers_of(history: History) -> tuple[LayerSummary, ...]:

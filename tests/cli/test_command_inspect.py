@@ -113,6 +113,7 @@ def test_layers_as_json_holds_errors_costs_and_touches(saved: Path) -> None:
     assert down["sqnr_db"] > 20
     assert down["found_columns"] is not None
     assert down["costs"]["256"]["operations"] == 2 * 256 * 32 * 64
+    assert down["area"] > 1000
     assert down["passes"]["rewrite-mixed-linear"]["removed"] == 1
 
 
@@ -137,6 +138,9 @@ def test_a_model_of_any_size_is_inspected_without_its_weights() -> None:
     layers = data["graphs"][0]["layers"]
     assert sum(layer["scheme"] == "w8a8o16" for layer in layers) == 14
     assert all(layer["sqnr_db"] is None for layer in layers)
+    areas = {layer["scheme"]: layer["area"] for layer in layers}
+    assert areas["w8a8o16"] is None, "the number of outlier columns is not known, and is not guessed"
+    assert areas[None] > 10_000
 
 
 def test_weights_can_be_left_out_of_any_model() -> None:
