@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,16 @@ from mixq_compile import MixqLinear
 from mixq_compile.evaluation import sqnr
 from mixq_compile.scheme import QuantScheme
 
+MOST_DB = 300.0
+"""Beyond what float64 resolves."""
+
 
 @dataclass(frozen=True)
 class LayerError:
     """One layer, quantized alone, on inputs from the model in full precision."""
 
     sqnr_db: float
+    """Within ±MOST_DB, so that JSON can hold it: the most where the layer is exact, the least for NaN."""
     found_columns: int
     """Outlier columns that its inputs had."""
 
@@ -46,7 +51,7 @@ def layer_errors(
             return
         quantized = MixqLinear.from_linear(module, schemes[fqn], columns=columns.get(fqn), keep_original=True)
         result = quantized(inputs[0])
-        found[fqn] = LayerError(sqnr(output, result), len(quantized.outlier_state().columns()))
+        found[fqn] = LayerError(_bounded(sqnr(output, result)), len(quantized.outlier_state().columns()))
         announce(fqn)
 
     handles = []
@@ -64,3 +69,7 @@ def layer_errors(
         for handle in handles:
             handle.remove()
     return found
+
+
+def _bounded(decibels: float) -> float:
+    return -MOST_DB if math.isnan(decibels) else max(-MOST_DB, min(MOST_DB, decibels))

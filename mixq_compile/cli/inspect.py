@@ -111,8 +111,7 @@ def _check_targets(html: Path | None, json: str | None) -> None:
 
 
 def _pipeline_of(model: str, capture: CaptureOptions, choice: PipelineChoice) -> str:
-    if choice.pipeline is not None:
-        choice.options()
+    choice.options()  # before the model is loaded: wrong ones are found at once
     return str(choice.pipeline_of(capture.capture(model).graph()))
 
 
@@ -146,14 +145,14 @@ def _print_programs(graph: InspectedGraph) -> None:
     from mixq_compile.inspection.text import print_program
 
     target = console()
-    print_state(target, 0, "as captured")
+    _print_state(target, 0, "as captured")
     print_program(graph.history.snapshot(0), target)
     for record in graph.history.records:
-        print_state(target, record.index, f"after {record.spec}")
+        _print_state(target, record.index, f"after {record.spec}")
         print_program(graph.history.snapshot(record.index), target)
 
 
-def print_state(target: Console, index: int, what: str) -> None:
+def _print_state(target: Console, index: int, what: str) -> None:
     """Prints the heading of a state as a comment of the program that follows."""
     target.print(f"\n# {index}: {what}", style="bold cyan", markup=False, soft_wrap=True)
 
@@ -170,8 +169,8 @@ def _print_changes(graph: InspectedGraph, after: str, fqn: str | None) -> None:
         return fqn is None or lies_in(row.fqn, fqn)
 
     target = console()
-    for record in chosen_records(graph, after):
-        print_state(target, record.index, f"{record.spec}  {node_changes(record)}")
+    for record in _chosen_records(graph, after):
+        _print_state(target, record.index, f"{record.spec}  {node_changes(record)}")
         if record.diff is None:
             target.print("the run took no snapshots", style="dim")
             continue
@@ -187,7 +186,7 @@ def _all_rows(graph: InspectedGraph) -> list[NodeRow]:
     return [*(history.initial.rows if history.initial is not None else ()), *added]
 
 
-def chosen_records(graph: InspectedGraph, after: str) -> list[PassRecord]:
+def _chosen_records(graph: InspectedGraph, after: str) -> list[PassRecord]:
     """The passes that a name, a number, `all` or `changed` means. Raises OptionError for anything else."""
     records = graph.history.records
     if after == ALL:

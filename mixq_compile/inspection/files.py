@@ -19,7 +19,7 @@ def is_inspection_file(path: Path) -> bool:
 
 def save_json(inspection: Inspection, path: Path) -> None:
     """Writes an inspection as JSON."""
-    path.write_text(json.dumps(inspection.to_json(), separators=(",", ":")) + "\n")
+    path.write_text(json.dumps(inspection.to_json(), separators=(",", ":"), allow_nan=False) + "\n")
 
 
 def load_inspection(path: Path) -> Inspection:

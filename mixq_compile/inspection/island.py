@@ -16,7 +16,9 @@ _ISLAND = re.compile(rf'<script id="{IDENTIFIER}"[^>]*>([A-Za-z0-9+/=\s]*)</scri
 
 def island(data: Any) -> str:
     """The script element that holds the data. The bytes are the same for the same data."""
-    packed = gzip.compress(json.dumps(data, separators=(",", ":")).encode(), compresslevel=9, mtime=0)
+    packed = gzip.compress(
+        json.dumps(data, separators=(",", ":"), allow_nan=False).encode(), compresslevel=9, mtime=0
+    )
     text = base64.b64encode(packed).decode()
     return f'<script id="{IDENTIFIER}" type="application/gzip;base64">{text}</script>'
 

@@ -1,7 +1,10 @@
+import math
+
+import pytest
 import torch
 from torch import Tensor, nn
 
-from mixq_compile.benchmarking.layer_errors import layer_errors
+from mixq_compile.benchmarking.layer_errors import MOST_DB, layer_errors
 from mixq_compile.scheme import get_scheme
 
 FEATURES = 64
@@ -51,3 +54,12 @@ def test_the_model_is_left_as_it_was() -> None:
     layer_errors(model, {"first": get_scheme("w8a8")}, (torch.randn(2, FEATURES),), {}, {})
     assert type(model.first) is nn.Linear
     assert not model.first._forward_hooks
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, MOST_DB), (math.nan, -MOST_DB)])
+def test_an_exact_or_broken_layer_has_an_error_that_json_can_hold(value: float, expected: float) -> None:
+    model = Chain().eval()
+    torch.nn.init.constant_(model.first.weight, value)
+    x = torch.randn(4, FEATURES)
+    found = layer_errors(model, {"first": get_scheme("w8a8")}, (x,), {}, {})
+    assert found["first"].sqnr_db == expected
