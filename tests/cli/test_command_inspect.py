@@ -17,11 +17,6 @@ MODEL = ("tiny_models:llama", "--batch", "2x8", "--force")
 
 
 @pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-
-
-@pytest.fixture(autouse=True)
 def only_installed_passes() -> Iterator[None]:
     """Passes that a test loads are forgotten behind it."""
     default_registry.cache_clear()
