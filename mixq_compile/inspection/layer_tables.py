@@ -95,6 +95,8 @@ def _outliers(layers: Sequence[LayerSummary]) -> str:
     capacity = layers[0].capacity
     if not capacity:
         return ""
+    if all(layer.found_columns is None and not layer.calibrated_columns for layer in layers):
+        return f"≤{capacity}"
     counts = [
         layer.found_columns if layer.found_columns is not None else layer.calibrated_columns
         for layer in layers
