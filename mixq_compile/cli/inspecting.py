@@ -13,8 +13,6 @@ from mixq_compile.cli.inspection_options import CaptureOptions, PipelineChoice
 from mixq_compile.cli.output import console
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mixq_compile.cli.capturing import Captured
     from mixq_compile.inspection.inspection import InspectedGraph, Inspection
     from mixq_compile.inspection.layers import LayerSummary
@@ -133,7 +131,10 @@ def _with_errors(graph: InspectedGraph, captured: Captured) -> InspectedGraph:
     schemes = schemes_of(graph.history)
     with Progress(console=console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring errors", total=len(schemes))
-        announce: Callable[[str], None] = lambda fqn: progress.update(task, advance=1, description=fqn)  # noqa: E731
+
+        def announce(fqn: str) -> None:
+            progress.update(task, advance=1, description=fqn)
+
         found = layer_errors(
             captured.model, schemes, captured.args, captured.kwargs,
             calibrated_columns(graph.history), announce,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,11 +102,6 @@ class CapturedGraph:
                 self.current = node
                 yield node
         self.current = None
-
-    @functools.cached_property
-    def inputs(self) -> dict[str, Node]:
-        """The nodes that the captured graph read its inputs and parameters from, by name."""
-        return {node.name: node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")}
 
     # Values ------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,6 +69,7 @@ class ShareQuantize(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each quantization that is merged, or that could not be."""
+        sources = {node.name: node for node in graph.graph.nodes if node.op in ("placeholder", "get_attr")}
         by_value: dict[Node, list[Node]] = defaultdict(list)
         for node in graph.graph.nodes:
             if node.target in STATE_ARGUMENTS:
@@ -90,10 +91,17 @@ class ShareQuantize(Pass):
                         continue
                     reason = f"shares the quantization of {Annotations(first).fqn}"
                     yield Decision.applied(other, reason, fqn=fqn)
-                    self._merge(graph, context, first, other)
+                    self._merge(graph, context, sources, first, other)
 
-    def _merge(self, graph: CapturedGraph, context: PassContext, first: Node, other: Node) -> None:
-        self._join_states(graph, context, first, other)
+    def _merge(
+        self,
+        graph: CapturedGraph,
+        context: PassContext,
+        sources: Mapping[str, Node],
+        first: Node,
+        other: Node,
+    ) -> None:
+        self._join_states(graph, context, sources, first, other)
         _take_smaller_switch_point(first, other)
         kept_refresh, other_refresh = _refresh_of(first), _refresh_of(other)
         if kept_refresh is not None and other_refresh is not None:
@@ -106,7 +114,14 @@ class ShareQuantize(Pass):
             graph.replace(item, kept[place])
         graph.graph.erase_node(other)
 
-    def _join_states(self, graph: CapturedGraph, context: PassContext, first: Node, other: Node) -> None:
+    def _join_states(
+        self,
+        graph: CapturedGraph,
+        context: PassContext,
+        sources: Mapping[str, Node],
+        first: Node,
+        other: Node,
+    ) -> None:
         """Gives both one state: that of the set of weights behind them, or the first module's."""
         places = STATE_ARGUMENTS[first.target]  # type: ignore[index]
         mine: list[Node] = list(first.args[1 : 1 + len(places)])  # type: ignore[arg-type]
@@ -115,7 +130,7 @@ class ShareQuantize(Pass):
         joined = mine
         if view.readers is not None:
             view.readers = [*view.readers, *(Annotations(other).readers or ())]
-            joined = self._shared_state(graph, context, first, places)
+            joined = self._shared_state(graph, context, sources, first, places)
         else:
             for node, bound in zip(mine, theirs, strict=True):
                 if node is not bound:
@@ -126,11 +141,19 @@ class ShareQuantize(Pass):
                     old.replace_all_uses_with(new)
 
     def _shared_state(
-        self, graph: CapturedGraph, context: PassContext, first: Node, places: tuple[int, ...]
+        self,
+        graph: CapturedGraph,
+        context: PassContext,
+        sources: Mapping[str, Node],
+        first: Node,
+        places: tuple[int, ...],
     ) -> list[Node]:
-        """The buffers of the state that all readers of a quantization share."""
+        """The buffers of the state that all readers of a quantization share.
+
+        `sources` are the graph's inputs and parameters by name.
+        """
         view = Annotations(first)
-        weights = [graph.inputs[name] for name in view.readers or ()]
+        weights = [sources[name] for name in view.readers or ()]
         state = context.weights.state(
             [graph.tensor(node) for node in weights],
             QuantScheme.from_json(view.parameters or {}),

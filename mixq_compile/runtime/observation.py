@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from torch.fx import Node
@@ -48,12 +49,15 @@ def _log(history: History) -> None:
 
 def _trace(history: History) -> None:
     """An artifact for the captured graph and for each pass that changed it, named so that they sort."""
-    torch_compat.trace_artifact("mixq_after_00_capture", lambda: program_text(history.snapshot(0)))
+    torch_compat.trace_artifact("mixq_after_00_capture", partial(_program_after, history, 0))
     for record in history.records:
         if record.diff:
             name = f"mixq_after_{record.index:02d}_{record.spec.partition('{')[0]}"
-            index = record.index
-            torch_compat.trace_artifact(name, lambda index=index: program_text(history.snapshot(index)))  # type: ignore[misc]
+            torch_compat.trace_artifact(name, partial(_program_after, history, record.index))
+
+
+def _program_after(history: History, index: int) -> str:
+    return program_text(history.snapshot(index))
 
 
 def _add_to_report(path: Path, graph: CapturedGraph, history: History) -> None:
