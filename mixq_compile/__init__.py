@@ -18,11 +18,13 @@ _HOME = {
     "calibrate": "mixq_compile.calibration",
     "capture": "mixq_compile.runtime.export",
     "compile": "mixq_compile.runtime.export",
-    "freeze": "mixq_compile.runtime.report",
+    "freeze": "mixq_compile.runtime.outlier_control",
+    "hold_states": "mixq_compile.runtime.outlier_control",
     "load_pretrained": "mixq_compile.runtime.checkpoint",
     "quantize": "mixq_compile.runtime.quantize",
+    "refresh": "mixq_compile.runtime.outlier_control",
     "report": "mixq_compile.runtime.report",
-    "reset": "mixq_compile.runtime.report",
+    "reset": "mixq_compile.runtime.outlier_control",
     "save_pretrained": "mixq_compile.runtime.checkpoint",
 }
 
@@ -35,8 +37,10 @@ __all__ = [
     "capture",
     "compile",
     "freeze",
+    "hold_states",
     "load_pretrained",
     "quantize",
+    "refresh",
     "report",
     "reset",
     "save_pretrained",
@@ -48,8 +52,9 @@ if TYPE_CHECKING:
     from mixq_compile.runtime.export import capture, compile
     from mixq_compile.runtime.mixq_linear import MixqLinear
     from mixq_compile.runtime.options import MixqOptions
+    from mixq_compile.runtime.outlier_control import freeze, hold_states, refresh, reset
     from mixq_compile.runtime.quantize import quantize
-    from mixq_compile.runtime.report import freeze, report, reset
+    from mixq_compile.runtime.report import report
 
 
 def __getattr__(name: str) -> Any:

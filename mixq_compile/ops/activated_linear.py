@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixq_compile.ops.declarations import LAYOUT
 from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.weight_codes import weight_bits
 
 FUNCTIONS = ("relu", "silu", "gelu", "gelu_tanh")
@@ -38,8 +39,8 @@ def activated_linear(
     """
     return run(  # type: ignore[no-any-return]
         "activated_linear", kernel, x, weight_bits(weight_codes),
-        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, function, gated,
-        small_m,
+        x, codes, scale, outliers, count, weight_codes, weight_scale, STATES.cache(outlier_weight), bias,
+        function, gated, small_m,
     )  # fmt: skip
 
 

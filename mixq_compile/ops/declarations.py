@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
 
 LAYOUT = (torch.Tag.flexible_layout,)
@@ -108,6 +109,10 @@ def refresh_outlier_weights(
     Does nothing where codes have at most `small_m` rows.
     """
     if outlier_weight:
+        if STATES.has_copy(index):
+            index = STATES.current((index,))[0]
+            cached_index = [STATES.copy_cache(cached) for cached in cached_index]
+            outlier_weight = [STATES.copy_cache(held) for held in outlier_weight]
         run(
             "refresh_outlier_weights", kernel, outlier_weight[0], 8,
             codes, index, count, cached_index, _rows_of_each(outlier_weight, weight_codes), weight_codes,
@@ -146,7 +151,7 @@ def mixed_gemm(
     """The integer product int32 `[..., N]` and the outlier product fp32 `[..., N]`, not yet joined."""
     return run(  # type: ignore[no-any-return]
         "mixed_gemm", kernel, outliers, weight_bits(weight_codes),
-        codes, outliers, count, weight_codes, outlier_weight,
+        codes, outliers, count, weight_codes, STATES.cache(outlier_weight),
     )  # fmt: skip
 
 
@@ -201,7 +206,8 @@ def mixed_linear(
     """
     return run(  # type: ignore[no-any-return]
         "mixed_linear", kernel, x, weight_bits(weight_codes),
-        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, small_m,
+        x, codes, scale, outliers, count, weight_codes, weight_scale, STATES.cache(outlier_weight), bias,
+        small_m,
     )  # fmt: skip
 
 

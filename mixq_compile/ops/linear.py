@@ -20,6 +20,7 @@ from mixq_compile.ops.declarations import (
 )
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
+from mixq_compile.ops.state_access import state_access
 from mixq_compile.ops.weight_codes import weight_bits
 from mixq_compile.scheme import OutlierPolicy
 
@@ -74,9 +75,35 @@ def linear(
     activation_bits 16 is weight-only; C = 0 slots or the policy `static` never learn columns.
     original is the 16-bit weight or an empty tensor. policy is what `policy_text` writes.
     """
-    miss, _ = parse_policy(policy)
     if activation_bits == 16:
         return weight_only_linear(x, weight_codes, weight_scale, bias, AUTO)  # type: ignore[no-any-return]
+    with state_access(x.device):
+        return _mixed(
+            x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters,
+            effective_threshold, cached_index, outlier_weight, original, activation_bits,
+            batch_invariant, policy,
+        )  # fmt: skip
+
+
+def _mixed(
+    x: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    cached_index: Tensor,
+    outlier_weight: Tensor,
+    original: Tensor,
+    activation_bits: int,
+    batch_invariant: bool,
+    policy: str,
+) -> Tensor:
+    """Quantization and product, one after the other."""
+    miss, _ = parse_policy(policy)
     small_m = small_batch_limit_of(x, weight_codes, column_slot.shape[0], batch_invariant)
     if miss == "static" or index.shape[0] == 0:
         count = counters

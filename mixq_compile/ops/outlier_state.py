@@ -13,6 +13,9 @@ from mixq_compile.errors import OptionError
 COUNT, OVERFLOW, FLAG, FROZEN = range(4)
 """Places in `OutlierState.counters`."""
 
+HELD = 2
+"""Added to `counters[FROZEN]` while `hold_states` lasts: what is not 0 there learns nothing."""
+
 STATE_FIELDS = ("index", "column_slot", "column_max", "counters", "effective_threshold")
 """The buffers, in the order in which operators take them."""
 
@@ -64,10 +67,10 @@ class OutlierState:
 
     def reset(self) -> None:
         """Forgets every column found online, in place; calibrated ones stay, and so does freezing by them."""
-        frozen = self.counters[FROZEN].clone() if self.calibrated else 0
+        kept = self.counters[FROZEN] & (HELD | 1 if self.calibrated else HELD)
         self._clear()
         self._write(self.calibrated)
-        self.counters[FROZEN] = frozen
+        self.counters[FROZEN] = kept
 
     def _clear(self) -> None:
         self.index.zero_()
@@ -78,7 +81,23 @@ class OutlierState:
 
     def freeze(self) -> None:
         """Keeps the columns known now: later calls enlarge the row scale instead of adding one."""
-        self.counters[FROZEN] = 1
+        self.counters[FROZEN] |= 1
+
+    @property
+    def held(self) -> bool:
+        """True between `hold` and `let_go`; waits for the device."""
+        return not self.counters.is_meta and bool(self.counters[FROZEN] & HELD)
+
+    def hold(self) -> bool:
+        """Learns nothing until `let_go`; False where it was held already."""
+        if self.held:
+            return False
+        self.counters[FROZEN] |= HELD
+        return True
+
+    def let_go(self) -> None:
+        """Ends `hold`: frozen is what was frozen before, or meanwhile."""
+        self.counters[FROZEN] &= ~HELD
 
     def preload(self, columns: Sequence[int], column_max: Sequence[float] | None = None) -> None:
         """Starts with these columns (calibrated), ascending, in place of those known so far.

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixq_compile.ops.declarations import LAYOUT
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
 
 ACTIVATIONS = ("none", "relu", "gelu")
@@ -45,7 +46,7 @@ def quantized_linear(
     return run(  # type: ignore[no-any-return]
         "quantized_linear", kernel, outliers, weight_bits(weight_codes),
         codes, index, column_slot, column_max, counters, effective_threshold, scale, outliers, count,
-        weight_codes, weight_scale, outlier_weight, bias, activation, bits, miss,
+        weight_codes, weight_scale, STATES.cache(outlier_weight), bias, activation, bits, miss,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +170,17 @@ class MixqLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and scheme, for printing."""
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **named: Any
+    ) -> None:
+        # Whether a state is held is a matter of the moment, here and where the dict was made.
+        held = self.outlier_state().held
+        super()._load_from_state_dict(state_dict, prefix, *others, **named)  # type: ignore[no-untyped-call]
+        state = self.outlier_state()
+        state.let_go()
+        if held:
+            state.hold()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
         # A cast of the model's dtype must not touch scales: as int32 they only change device.

@@ -14,6 +14,7 @@ from mixq_compile.runtime.compilation import LinearRecord, compilations_of, swap
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.report_html import report_html
 from mixq_compile.runtime.weight_store import STORE
+from mixq_compile.runtime.weight_watch import calls_until_seen
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Report:
     graphs: int
     """Compiled graphs, recompilations included; 0 for a model that only had its modules swapped."""
     fallbacks: tuple[str, ...] = ()
+    calls_until_seen: int | None = None
+    """After how many calls a write to a weight that torch does not count (`.data`, numpy) is seen."""
 
     @property
     def quantized(self) -> tuple[LinearReport, ...]:
@@ -81,6 +84,11 @@ class Report:
             yield (
                 f"their weights: {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB packed"
                 + (f", and {kept / 2**20:.1f} MiB of originals kept beside them" if kept else "")
+            )
+        if self.calls_until_seen is not None:
+            yield (
+                "writes to their weights through .data are seen within about "
+                f"{self.calls_until_seen} calls, by mixq_compile.refresh(model) at once"
             )
         width = max([len(linear.fqn) for linear in self.linears] + [6])
         yield ""
@@ -178,6 +186,7 @@ def report(model: nn.Module) -> Report:
     made = Report(
         linears=tuple(rows.values()),
         graphs=len(compilations),
+        calls_until_seen=calls_until_seen(list(inner.parameters())),
         fallbacks=tuple(compilation.fallback for compilation in compilations if compilation.fallback),
     )
     if not rows:
@@ -189,21 +198,3 @@ def report(model: nn.Module) -> Report:
     elif not made.quantized:
         warnings.warn("none of this model's linears is quantized: the report says why.", stacklevel=2)
     return made
-
-
-def _states(model: nn.Module) -> list[OutlierState]:
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    modules = [module.outlier_state() for module in inner.modules() if isinstance(module, MixqLinear)]
-    return [*modules, *STORE.states(inner.parameters())]
-
-
-def reset(model: nn.Module) -> None:
-    """Forgets the outlier columns found online, as after loading; calibrated columns stay."""
-    for state in _states(model):
-        state.reset()
-
-
-def freeze(model: nn.Module) -> None:
-    """Keeps each outlier column known now and learns no more: results stop depending on traffic."""
-    for state in _states(model):
-        state.freeze()

@@ -10,9 +10,10 @@ from torch import Tensor
 from mixq_compile.kernels.cpu.availability import PRIORITY, supports
 from mixq_compile.kernels.cpu.build import library
 from mixq_compile.kernels.cpu.interface import QuantizeArguments, pointer, row_matrix, type_number
-from mixq_compile.kernels.ref.quantization import grow, replace
+from mixq_compile.kernels.ref.quantization import learn
 from mixq_compile.ops.outlier_state import FROZEN
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT
 
 
@@ -83,16 +84,19 @@ def quantize_online(
     small_m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantizes rows with the columns known so far; where a row exceeds, learns and quantizes again."""
-    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, index, column_slot, bits)
     matrix = row_matrix(x)
+    shared = (index, column_slot, column_max, counters, effective_threshold)
+    state = STATES.current(shared)
+    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, state[0], state[1], bits)
     if matrix.shape[0] <= small_m or not matrix.numel():
         call.run(matrix, None)
         return *call.results(), call.used
-    state = (index, column_slot, column_max, counters, effective_threshold)
     if miss == "per_call" and not int(counters[FROZEN]):
-        replace(matrix.float(), *state)
-    if call.run(matrix, counters, None if miss in ("static", "per_call") else effective_threshold):
-        grow(matrix.float(), *state, may_evict=miss != "lazy")
+        state = learn(matrix.float(), shared, miss)
+        call.index, call.column_slot = state[:2]
+    if call.run(matrix, state[3], None if miss in ("static", "per_call") else state[4]):
+        state = learn(matrix.float(), shared, miss)
         if miss != "lazy":
-            call.run(matrix, counters)
+            call.index, call.column_slot = state[:2]
+            call.run(matrix, state[3])
     return *call.results(), call.used
