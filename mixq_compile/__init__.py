@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mixq_compile.version import __version__
 
 _HOME = {
     "CalibrationStats": "mixq_compile.calibration",

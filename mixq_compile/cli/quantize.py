@@ -20,10 +20,10 @@ from mixq_compile.cli.options import (
 )
 from mixq_compile.cli.output import console, mebibytes, print_json, print_table
 from mixq_compile.errors import MixqError, OptionError
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 if TYPE_CHECKING:
-    from mixq_compile.runtime.report import Report
+    from mixq_compile.runtime.report_tables import Report
 
 
 def quantize(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mixq_compile import __version__
+from mixq_compile.version import __version__
 
 
 def register_attribute_sources(module: GraphModule, names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from rewriting import sqnr
 from torch import nn
 
 from mixq_compile import MixqLinear
-from mixq_compile.scheme import get_scheme, scheme_names
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 SCHEME = get_scheme("w8a8o16")
 
