@@ -102,7 +102,8 @@ class OutlierState:
         device = self.index.device
         chosen = torch.tensor([column for column, _ in entries], dtype=torch.int32, device=device)
         self.index[: len(entries)] = chosen
-        self.column_max[: len(entries)] = torch.tensor([value for _, value in entries], device=device)
+        maxima = torch.tensor([value for _, value in entries], dtype=torch.float32, device=device)
+        self.column_max[: len(entries)] = maxima
         self.column_slot[chosen.long()] = torch.arange(len(entries), dtype=torch.int32, device=device)
         self.counters[COUNT] = len(entries)
 

@@ -62,7 +62,7 @@ class MixqLinear(nn.Module):
             "weight_codes",
             aligned_empty((out_features,), codes_columns, codes_dtype, torch.device(device)).zero_(),
         )
-        self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         state = OutlierState.create(
             in_features, capacity, policy.threshold if policy else float("inf"), device
         )
