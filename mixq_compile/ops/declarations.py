@@ -78,6 +78,7 @@ def quantize_online(
         x, index, column_slot, column_max, counters, effective_threshold, bits, miss, small_m,
     )  # fmt: skip
 
+    Only rows whose scale is below `TEACHING_LIMIT` are learned from, under `per_call` all finite ones.
 
 @quantize_online.register_fake
 def _(x: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

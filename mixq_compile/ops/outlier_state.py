@@ -17,6 +17,12 @@ STATE_FIELDS = ("index", "column_slot", "column_max", "counters", "effective_thr
 """The buffers, in the order in which operators take them."""
 
 
+TEACHING_LIMIT = 2.0**23
+"""A row teaches columns only where its fp32 scale is below this: at 8 bit, magnitudes of about 1e9 outside
+the outlier columns. Larger ones are uninitialised or made-up values, which would keep every slot for good.
+The scale of a row that is not finite is NaN, and so is not below it either."""
+
+
 @dataclass
 class OutlierState:
     """State of one quantization point: one activation, shared by all linears that read it.

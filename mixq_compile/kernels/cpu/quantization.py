@@ -93,7 +93,7 @@ def quantize_online(
     if miss == "per_call" and not int(counters[FROZEN]):
         replace(matrix.float(), *state)
     if call.run(matrix, counters, None if miss in ("static", "per_call") else effective_threshold):
-        grow(matrix.float(), *state, may_evict=miss != "lazy")
+        grow(matrix.float(), teaching(call.scale.view(-1)), *state, may_evict=miss != "lazy")
         if miss != "lazy":
             call.run(matrix, counters)
     return *call.results(), call.used

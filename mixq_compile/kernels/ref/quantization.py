@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW
+from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW, TEACHING_LIMIT
 from mixq_compile.ops.providers import KernelQuery, provider
 from mixq_compile.ops.weight_codes import EPSILON, aligned_empty
 
@@ -24,9 +24,9 @@ def _finite_rows(values: Tensor) -> Tensor:
     return torch.isfinite(values).all(dim=1)
 
 
-def _row_maximum(values: Tensor, column_slot: Tensor, finite: Tensor) -> Tensor:
-    """Largest magnitude of each row outside the outlier columns, 0 in rows that are not finite."""
-    inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~finite[:, None], 0.0)
+def _row_maximum(values: Tensor, column_slot: Tensor, rows: Tensor) -> Tensor:
+    """Largest magnitude of each row outside the outlier columns, 0 in rows that are not among `rows`."""
+    inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~rows[:, None], 0.0)
     return inner.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
 
 
@@ -43,6 +43,11 @@ def _codes_and_scale(values: Tensor, column_slot: Tensor, bits: int) -> tuple[Te
     inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~finite[:, None], 0.0)
     codes = torch.round(inner * inverse[:, None]).clamp_(-largest_code, largest_code)
     return codes.to(torch.int8), scale.masked_fill(~finite, torch.nan)
+
+
+def teaching(scale: Tensor) -> Tensor:
+    """Which rows of these scales `[M]` columns are learned from: bool `[M]`."""
+    return scale < TEACHING_LIMIT
 
 
 def _extract(x: Tensor, index: Tensor, count: int) -> Tensor:
@@ -80,6 +85,7 @@ def _largest(pool: list[tuple[float, int]], room: int) -> list[tuple[float, int]
 
 def grow(
     values: Tensor,
+    teaches: Tensor,
     index: Tensor,
     column_slot: Tensor,
     column_max: Tensor,
@@ -89,13 +95,14 @@ def grow(
 ) -> None:
     """Adds the columns of values `[M, K]` above the effective threshold to the state, in place.
 
+    Only the rows in `teaches`, bool `[M]`, count: see `teaching`.
+
     New columns take free slots in ascending order. Where they do not all fit, the C columns of
     largest running maximum stay (without `may_evict`, known columns stay in any case), the others
     are counted as overflow, and the effective threshold rises to the largest maximum left out.
     """
     capacity = index.shape[0]
-    finite = _finite_rows(values)
-    maxima = values.abs().masked_fill(~finite[:, None], 0.0).amax(dim=0)  # [K]
+    maxima = values.abs().masked_fill(~teaches[:, None], 0.0).amax(dim=0)  # [K]
     count = int(counters[COUNT])
     slots = index[:count].long()
     column_max[:count] = torch.maximum(column_max[:count], maxima[slots])
@@ -168,15 +175,17 @@ def quantize_online(
     learns = miss != "static" and not int(counters[FROZEN])
     if learns and miss == "per_call":
         replace(values, *state)
-    row_maximum = _row_maximum(values, column_slot, _finite_rows(values))
+    codes, scale = _codes_and_scale(values, column_slot, bits)
+    teaches = teaching(scale)
+    row_maximum = _row_maximum(values, column_slot, teaches)
     exceeded = learns and miss != "per_call" and bool((row_maximum > effective_threshold).any())
     if exceeded and miss != "lazy":
-        grow(values, *state, may_evict=True)
+        grow(values, teaches, *state, may_evict=True)
+        codes, scale = _codes_and_scale(values, column_slot, bits)
     count = int(counters[COUNT])
-    codes, scale = _codes_and_scale(values, column_slot, bits)
     outliers = _extract(matrix, index, count)
     if exceeded and miss == "lazy":
-        grow(values, *state, may_evict=False)
+        grow(values, teaches, *state, may_evict=False)
     counters[FLAG] = 0
     used = torch.full_like(counters[:1], count)
     return *_shaped(x, codes, scale, outliers), used
