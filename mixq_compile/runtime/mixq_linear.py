@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixq_compile import ops
+from mixq_compile.errors import OperandError
 from mixq_compile.ops.linear import policy_text
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import aligned_empty, dequantize_weight, quantize_weight
@@ -35,6 +36,8 @@ class MixqLinear(nn.Module):
     outlier_weight: Tensor
     outlier_source: Tensor
     weight_marker: Tensor
+    fqn: str | None = None
+    """The module's name in its model, for errors."""
 
     def __init__(
         self,
@@ -156,7 +159,16 @@ class MixqLinear(nn.Module):
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def forward(self, x: Tensor) -> Tensor:
-        """The quantized linear, learning outlier columns as the scheme's policy says."""
+        """The quantized linear, learning outlier columns as the scheme's policy says.
+
+        Raises OperandError where x does not have `in_features` columns.
+        """
+        if x.shape[-1:] != (self.in_features,) and not torch.compiler.is_compiling():
+            name = f"{self.fqn}, a {self!r}," if self.fqn else f"a {self!r}"
+            raise OperandError(
+                f"{name} was called with x of shape {list(x.shape)}: its last dimension must be "
+                f"{self.in_features}."
+            )
         return ops.linear(  # type: ignore[no-any-return]
             x, self.weight_codes, self.weight_scale, self.bias,
             self.index, self.column_slot, self.column_max, self.counters, self.effective_threshold,
