@@ -183,10 +183,21 @@ class MixqLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
-        # A cast of the model's dtype must not touch scales: as int32 they only change device.
-        for name in FP32_BUFFERS:
-            setattr(self, name, getattr(self, name).view(torch.int32))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in FP32_BUFFERS:
-            setattr(self, name, getattr(self, name).view(torch.float32))
+        # A cast of the model's dtype must not touch scales, codes and state: they only change device. Each
+        # is replaced once it is right, so that a move that fails midway leaves a module that still is.
+        kept = {id(self._buffers[name]) for name in FP32_BUFFERS}
+
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in kept and tensor.is_floating_point():
+                return fn(tensor)
+            whole = tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+            result = fn(whole)
+            if result is whole:
+                return tensor
+            if result.dtype != whole.dtype:  # `Module.type` casts integers too
+                return tensor.to(result.device)
+            return result.view(tensor.dtype)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self.weight_marker = torch.full_like(self.weight_marker, torch.nan)  # `to_empty` leaves any number
         return self
