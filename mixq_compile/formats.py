@@ -40,7 +40,9 @@ class TensorFormat:
         if self.group is not None and (isinstance(self.group, bool) or self.group < 1):
             raise OptionError(f"a format's groups have 1 column or more, not {self.group!r}.")
         if self.scale == "power_of_two" and (self.group is None or not self.signed):
-            raise OptionError(f"a format with shared exponents is signed and in groups. Formats: {_EXAMPLES}.")
+            raise OptionError(
+                f"a format with shared exponents is signed and in groups. Formats: {_EXAMPLES}."
+            )
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
@@ -86,7 +88,11 @@ class TensorFormat:
         """Bytes of codes, scales (fp32, or one byte of exponent) and zero points (one byte) of `[N, K]`."""
         rows, row_bytes = self.codes_shape(out_features, in_features)
         scales = rows * self.groups(in_features)
-        return rows * row_bytes + scales * (1 if self.scale == "power_of_two" else 4) + scales * (not self.signed)
+        return (
+            rows * row_bytes
+            + scales * (1 if self.scale == "power_of_two" else 4)
+            + scales * (not self.signed)
+        )
 
 
 INT8 = TensorFormat(8)

@@ -225,6 +225,6 @@ def _extra_bytes(
 
 def warm_compiler(device: torch.device, lowering: str) -> None:
     """Compiles something small, so that no variant's first call pays for starting the compiler."""
-    x = torch.ones(32, 32, device=device)
+    x = torch.ones(32, 32, dtype=torch.float32, device=device)
     torch.compile(lambda values: (values + 1).sum(dim=1), backend=lowering)(x)
     torch.compiler.reset()

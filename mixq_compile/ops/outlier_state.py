@@ -20,6 +20,12 @@ STATE_FIELDS = ("index", "column_slot", "column_max", "counters", "effective_thr
 """The buffers, in the order in which operators take them."""
 
 
+TEACHING_LIMIT = 2.0**23
+"""A row teaches columns only where its fp32 scale is below this: at 8 bit, magnitudes of about 1e9 outside
+the outlier columns. Larger ones are uninitialised or made-up values, which would keep every slot for good.
+The scale of a row that is not finite is NaN, and so is not below it either."""
+
+
 @dataclass
 class OutlierState:
     """State of one quantization point: one activation, shared by all linears that read it.
@@ -121,7 +127,8 @@ class OutlierState:
         device = self.index.device
         chosen = torch.tensor([column for column, _ in entries], dtype=torch.int32, device=device)
         self.index[: len(entries)] = chosen
-        self.column_max[: len(entries)] = torch.tensor([value for _, value in entries], device=device)
+        maxima = torch.tensor([value for _, value in entries], dtype=torch.float32, device=device)
+        self.column_max[: len(entries)] = maxima
         self.column_slot[chosen.long()] = torch.arange(len(entries), dtype=torch.int32, device=device)
         self.counters[COUNT] = len(entries)
 

@@ -163,13 +163,19 @@ def named(op: str, name: str) -> Provider:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
+def _chosen(op: str, device: torch.device, dtype: torch.dtype, weight_bits: int) -> Callable[..., Any]:
+    """The function that `choose` chooses; in every call, where a query costs microseconds to hash."""
+    return choose(KernelQuery(op, device, dtype, weight_bits)).function
+
+
 def run(op: str, kernel: str, x: torch.Tensor, weight_bits: int, *arguments: Any) -> Any:
     """Calls the chosen provider (`kernel` is its name or `"auto"`) with the operator's arguments.
 
     `x` is a tensor whose device and dtype decide under `"auto"`.
     """
     if kernel == AUTO:
-        return choose(KernelQuery(op, x.device, x.dtype, weight_bits)).function(*arguments)
+        return _chosen(op, x.device, x.dtype, weight_bits)(*arguments)
     return named(op, kernel).function(*arguments)
 
 

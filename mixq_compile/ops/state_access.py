@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
@@ -116,6 +116,16 @@ class StateAccess:
     def has_copy(self, index: Tensor) -> bool:
         """Whether this thread's call works on a copy of the state with this index."""
         return bool(self._call.copies) and index.data_ptr() in self._call.copies
+
+    def own_caches(
+        self, index: Tensor, cached_index: Sequence[Tensor], outlier_weight: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """The index and caches that this call may change: copies where it works on a copy of the state."""
+        if not self.has_copy(index):
+            return index, cached_index, outlier_weight
+        cached_copies = [self.copy_cache(cache) for cache in cached_index]
+        weight_copies = [self.copy_cache(cache) for cache in outlier_weight]
+        return self.current((index,))[0], cached_copies, weight_copies
 
     def copy_cache(self, cache: Tensor) -> Tensor:
         """This call's own copy of an outlier weight, or of the list of its columns, made at its first use."""

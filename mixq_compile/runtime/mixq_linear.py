@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixq_compile import ops
+from mixq_compile.errors import OperandError
 from mixq_compile.ops.linear import policy_text
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import aligned_empty, dequantize_weight, quantize_weight
@@ -36,6 +37,8 @@ class MixqLinear(nn.Module):
     outlier_weight: Tensor
     outlier_source: Tensor
     weight_marker: Tensor
+    fqn: str | None = None
+    """The module's name in its model, for errors."""
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class MixqLinear(nn.Module):
             "weight_codes",
             aligned_empty((out_features,), codes_columns, codes_dtype, torch.device(device)).zero_(),
         )
-        self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         state = OutlierState.create(
             in_features, capacity, policy.threshold if policy else float("inf"), device
         )
@@ -157,7 +160,16 @@ class MixqLinear(nn.Module):
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def forward(self, x: Tensor) -> Tensor:
-        """The quantized linear, learning outlier columns as the scheme's policy says."""
+        """The quantized linear, learning outlier columns as the scheme's policy says.
+
+        Raises OperandError where x does not have `in_features` columns.
+        """
+        if x.shape[-1:] != (self.in_features,) and not torch.compiler.is_compiling():
+            name = f"{self.fqn}, a {self!r}," if self.fqn else f"a {self!r}"
+            raise OperandError(
+                f"{name} was called with x of shape {list(x.shape)}: its last dimension must be "
+                f"{self.in_features}."
+            )
         return ops.linear(  # type: ignore[no-any-return]
             x, self.weight_codes, self.weight_scale, self.bias,
             self.index, self.column_slot, self.column_max, self.counters, self.effective_threshold,
@@ -183,10 +195,21 @@ class MixqLinear(nn.Module):
             state.hold()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
-        # A cast of the model's dtype must not touch scales: as int32 they only change device.
-        for name in FP32_BUFFERS:
-            setattr(self, name, getattr(self, name).view(torch.int32))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in FP32_BUFFERS:
-            setattr(self, name, getattr(self, name).view(torch.float32))
+        # A cast of the model's dtype must not touch scales, codes and state: they only change device. Each
+        # is replaced once it is right, so that a move that fails midway leaves a module that still is.
+        kept = {id(self._buffers[name]) for name in FP32_BUFFERS}
+
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in kept and tensor.is_floating_point():
+                return fn(tensor)
+            whole = tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+            result = fn(whole)
+            if result is whole:
+                return tensor
+            if result.dtype != whole.dtype:  # `Module.type` casts integers too
+                return tensor.to(result.device)
+            return result.view(tensor.dtype)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self.weight_marker = torch.full_like(self.weight_marker, torch.nan)  # `to_empty` leaves any number
         return self

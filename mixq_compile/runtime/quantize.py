@@ -182,6 +182,7 @@ def _swap(
         keep_original=keep_original,
     )
     swapped.train(linear.training)
+    swapped.fqn = name
     for parent in model.modules():
         for child, module in parent.named_children():
             if module is linear:

@@ -189,7 +189,7 @@ class WeightStore:
         count = 0 if not has_data(weight) or self.is_released(weight) else len(state.columns())
         if count:
             packed.cached_index[:count] = state.index[:count]
-            packed.fetch(weight, torch.arange(count, device=packed.cached_index.device))
+            packed.fetch(weight, torch.arange(count, dtype=torch.int64, device=packed.cached_index.device))
 
     def state(
         self,

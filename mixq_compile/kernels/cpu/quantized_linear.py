@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixq_compile.kernels.cpu.availability import PRIORITY, supports
 from mixq_compile.kernels.cpu.build import library
-from mixq_compile.kernels.cpu.interface import type_number
+from mixq_compile.kernels.cpu.interface import CPU, type_number
 from mixq_compile.kernels.cpu.linears import LinearOperands
 from mixq_compile.kernels.cpu.quantization import Quantization, quantize_online
 from mixq_compile.ops.providers import provider
@@ -53,5 +53,5 @@ def quantized_linear(
         next_state = call.arguments(state[3], None if miss == "static" else state[4])
         if not library().mixq_quantized_linear(byref(linear), byref(next_state), type_number(dtype)):
             return *call.results(), call.used
-    numbers = operands.multiply(torch.empty((*leading, features), dtype=dtype), activation)
+    numbers = operands.multiply(torch.empty((*leading, features), dtype=dtype, device=CPU), activation)
     return quantize_online(numbers, *shared, bits, miss, 0)  # type: ignore[no-any-return]

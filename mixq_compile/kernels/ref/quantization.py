@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW
+from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW, TEACHING_LIMIT
 from mixq_compile.ops.providers import KernelQuery, provider
 from mixq_compile.ops.state_access import STATES, State
 from mixq_compile.ops.weight_codes import EPSILON, aligned_empty
@@ -27,9 +27,9 @@ def _finite_rows(values: Tensor) -> Tensor:
     return torch.isfinite(values).all(dim=1)
 
 
-def _row_maximum(values: Tensor, column_slot: Tensor, finite: Tensor) -> Tensor:
-    """Largest magnitude of each row outside the outlier columns, 0 in rows that are not finite."""
-    inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~finite[:, None], 0.0)
+def _row_maximum(values: Tensor, column_slot: Tensor, rows: Tensor) -> Tensor:
+    """Largest magnitude of each row outside the outlier columns, 0 in rows that are not among `rows`."""
+    inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~rows[:, None], 0.0)
     return inner.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
 
 
@@ -46,6 +46,11 @@ def _codes_and_scale(values: Tensor, column_slot: Tensor, bits: int) -> tuple[Te
     inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~finite[:, None], 0.0)
     codes = torch.round(inner * inverse[:, None]).clamp_(-largest_code, largest_code)
     return codes.to(torch.int8), scale.masked_fill(~finite, torch.nan)
+
+
+def teaching(scale: Tensor) -> Tensor:
+    """Which rows of these scales `[M]` columns are learned from: bool `[M]`."""
+    return scale < TEACHING_LIMIT
 
 
 def _extract(x: Tensor, index: Tensor, count: int) -> Tensor:
@@ -81,9 +86,9 @@ def _largest(pool: list[tuple[float, int]], room: int) -> list[tuple[float, int]
     return sorted(pool, key=lambda entry: (-entry[0], entry[1]))[:room]
 
 
-def column_maxima(values: Tensor) -> Tensor:
-    """The largest magnitude of each column of values `[M, K]`, over finite rows: `[K]`."""
-    return values.abs().masked_fill(~_finite_rows(values)[:, None], 0.0).amax(dim=0)
+def column_maxima(values: Tensor, rows: Tensor) -> Tensor:
+    """The largest magnitude of each column of values `[M, K]` over these rows, bool `[M]`: `[K]`."""
+    return values.abs().masked_fill(~rows[:, None], 0.0).amax(dim=0)
 
 
 def grow(
@@ -151,13 +156,15 @@ def replace(
     counters[COUNT] = len(kept)
 
 
-def learn(values: Tensor, state: State, miss: str) -> State:
+def learn(values: Tensor, teaches: Tensor | None, state: State, miss: str) -> State:
     """Changes a state by the columns of values `[M, K]` as the policy says; returns the one that now holds.
+
+    Only the rows in `teaches`, bool `[M]`, count (see `teaching`); None: those that are finite.
 
     That is the state itself, or this call's copy of it where other threads read it. Under `lazy` what is
     learned holds for later calls only.
     """
-    maxima = column_maxima(values)
+    maxima = column_maxima(values, _finite_rows(values) if teaches is None else teaches)
     if miss == "per_call":
         return STATES.learn(state, functools.partial(replace, maxima), remembered=False)
     if miss == "lazy":
@@ -187,17 +194,19 @@ def quantize_online(
     state = STATES.current(shared)
     learns = miss != "static" and not int(counters[FROZEN])
     if learns and miss == "per_call":
-        state = learn(values, shared, miss)
-    row_maximum = _row_maximum(values, state[1], _finite_rows(values))
+        state = learn(values, None, shared, miss)
+    codes, scale = _codes_and_scale(values, state[1], bits)
+    teaches = teaching(scale)
+    row_maximum = _row_maximum(values, state[1], teaches)
     exceeded = learns and miss != "per_call" and bool((row_maximum > state[4]).any())
     if exceeded and miss != "lazy":
-        state = learn(values, shared, miss)
-    index, column_slot, _, counters, _ = state
+        state = learn(values, teaches, shared, miss)
+        codes, scale = _codes_and_scale(values, state[1], bits)
+    index, _, _, counters, _ = state
     count = int(counters[COUNT])
-    codes, scale = _codes_and_scale(values, column_slot, bits)
     outliers = _extract(matrix, index, count)
     if exceeded and miss == "lazy":
-        learn(values, shared, miss)
+        learn(values, teaches, shared, miss)
     counters[FLAG] = 0
     used = torch.full_like(counters[:1], count)
     return *_shaped(x, codes, scale, outliers), used
