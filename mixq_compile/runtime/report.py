@@ -37,6 +37,8 @@ class LinearReport:
     """Bytes of codes, scales and outlier weights; `bytes_before` where the linear was left alone."""
     float_weight_kept: bool
     """True where the 16- or 32-bit weight is still in memory beside the codes."""
+    kept_because: str | None = None
+    """Why `release_weights` kept it; None where it was not asked to free it, or did."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,15 @@ class Report:
             if linear.overflow
         )
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Which weights `release_weights` kept, and why."""
+        return tuple(
+            f"{linear.fqn}: release_weights kept its 16-bit weight: {linear.kept_because}."
+            for linear in self.quantized
+            if linear.kept_because
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-able data."""
         return asdict(self)
@@ -97,6 +108,7 @@ class Report:
             )
         for fallback in self.fallbacks:
             yield f"a graph was compiled unquantized: {fallback}"
+        yield from self.kept
         for advice in self.advice:
             yield f"advice: {advice}"
 
@@ -128,6 +140,7 @@ def _from_record(record: LinearRecord) -> LinearReport:
         bytes_before=record.float_bytes,
         bytes_after=packed_bytes if quantized else record.float_bytes,
         float_weight_kept=quantized and weight is not None and not STORE.is_released(weight),
+        kept_because=STORE.kept_because(weight) if quantized and weight is not None else None,
     )
 
 

@@ -26,7 +26,8 @@ def report_html(report: Report) -> str:
     )
     head = "".join(_cell(text, "th", LEFT) for text in HEADINGS)
     body = "".join(_row(linear) for linear in report.linears)
-    notes = [f"a graph was compiled unquantized: {text}" for text in report.fallbacks] + [*report.advice]
+    notes = [f"a graph was compiled unquantized: {text}" for text in report.fallbacks]
+    notes += [*report.kept, *report.advice]
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
         f'<div style="font-size:0.9em"><p>{summary}</p>'
