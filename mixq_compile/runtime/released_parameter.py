@@ -48,7 +48,7 @@ class ReleasedParameter(nn.Parameter):
     ) -> Any:
         """Describes the tensor or gives it other data. Raises ReleasedWeightError for all else."""
         # First of all, and without a helper: Dynamo traces this method, and can follow little.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc,no-untyped-call]
         name = getattr(func, "__name__", str(func))
         if name in ("new_empty", "new_zeros", "new_full"):
