@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from mixq_compile.errors import CheckpointError
-from mixq_compile.ir.roles import role_of
-from mixq_compile.runtime.compilation import LinearRecord, remember_swap
+from mixq_compile.runtime.checkpoint_format import (
+    CONFIG,
+    GENERATION,
+    MANIFEST,
+    SCHEMA_VERSION,
+    TENSORS,
+    corrupt,
+    describe,
+    describe_left_alone,
+    dtype_name,
+    empty_linear,
+    quantization_config,
+    read_manifest,
+    record_left_alone,
+)
+from mixq_compile.runtime.compilation import remember_swap, swapped_linears
 from mixq_compile.runtime.mixq_linear import MixqLinear
-from mixq_compile.scheme import QuantScheme
-
-SCHEMA_VERSION = 1
-MANIFEST = "mixq.json"
-TENSORS = "model.safetensors"
-GENERATION = "generation_config.json"
+from mixq_compile.runtime.saving_methods import take_over_saving
+from mixq_compile.runtime.swap_record import swap_record
 
 
-def _describe(module: MixqLinear) -> dict[str, Any]:
-    return {
-        "in_features": module.in_features,
-        "out_features": module.out_features,
-        "bias": module.bias is not None,
-        "dtype": _dtype_name(module.weight_marker),
-        "scheme": module.scheme.to_json(),
-        "batch_invariant": module.batch_invariant,
-        "calibrated": module.calibrated,
-    }
+def _plain(name: str) -> str:
+    """A name without the wrappers that `torch.compile` puts around parts of a model."""
+    return name.replace("_orig_mod.", "")
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -43,36 +50,39 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         if name in parameters and tensor.numel() and identity in seen:
             continue
         seen.add(identity)
-        kept[name] = tensor.detach().cpu().contiguous().clone()
+        kept[_plain(name)] = tensor.detach().cpu().contiguous().clone()
     return kept
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _computed_buffers(model: nn.Module) -> dict[str, str]:
     """The dtypes of buffers that are not saved, but computed when the model is built, such as frequencies."""
     saved = set(model.state_dict())
-    return {
-        f"{prefix}.{name}" if prefix else name: _dtype_name(buffer)
+    names = {
+        f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in model.named_modules()
         if not isinstance(module, MixqLinear)
         for name, buffer in module.named_buffers(recurse=False)
-        if f"{prefix}.{name}" not in saved and buffer.is_floating_point()
+    }
+    return {
+        _plain(name): dtype_name(buffer)
+        for name, buffer in names.items()
+        if name not in saved and buffer.is_floating_point()
     }
 
 
 def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
     """Writes a transformers model that `quantize` swapped to a directory; returns it.
 
-    Outlier columns known now are written too, so that a loaded model starts warm. Raises
-    CheckpointError for a model without a config or without a MixqLinear.
+    Outlier columns known now are written too, so that a loaded model starts warm, and so are the
+    16-bit weights that `keep_originals` kept. A directory is complete or has no config.json. Raises
+    CheckpointError for a model without a config or without a MixqLinear, and where the directory
+    cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors import SafetensorError
 
+    model = getattr(model, "_orig_mod", model)
     swapped = {
-        name: module
+        _plain(name): module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, MixqLinear)
     }
@@ -87,74 +97,55 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
             f"a {type(model).__name__} has no transformers config: save its state_dict() with torch.save."
         )
     target = Path(directory)
+    existed = target.is_dir()
     target.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".mixq-", dir=target) as unfinished:
+            _write(model, swapped, Path(unfinished))
+            _put_in_place(Path(unfinished), target)
+    except BaseException as error:
+        if not existed:
+            shutil.rmtree(target, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise CheckpointError(
+                f"{target} cannot be written ({error}): see to disk space and rights."
+            ) from error
+        raise
+    return target
+
+
+def _write(model: nn.Module, swapped: dict[str, MixqLinear], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    left_alone = {_plain(r.fqn): r for r in swapped_linears(model) if r.scheme is None}
+    config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.save_pretrained(target)
+    config.quantization_config = quantization_config(swapped, left_alone)
+    config.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        generation.save_pretrained(target)
+        generation.save_pretrained(folder)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "architecture": type(model).__name__,
         "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
-        "linears": {name: _describe(module) for name, module in swapped.items()},
+        "linears": {name: describe(module) for name, module in swapped.items()},
+        "left_alone": {name: describe_left_alone(record) for name, record in left_alone.items()},
         "computed": _computed_buffers(model),
     }
-    save_file(_tensors(model), target / TENSORS, metadata={"format": "pt"})
-    (target / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    return target
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    save_file(_tensors(model), folder / TENSORS, metadata={"format": "pt"})
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} holds no {MANIFEST}: mixq_compile.save_pretrained did not write it. "
-            "Quantize the model first: mixq quantize MODEL --output DIR."
-        )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        version = manifest["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _corrupt(path, error) from error
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path} has schema version {version}, and this release reads {SCHEMA_VERSION}: quantize again."
-        )
-    return manifest
-
-
-def _corrupt(path: Path, error: Exception) -> CheckpointError:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
-    return CheckpointError(f"{path} is corrupt ({reason}): quantize the model again.")
-
-
-def _empty_linear(entry: dict[str, Any]) -> MixqLinear:
-    """The MixqLinear that a manifest describes, still without weights."""
-    module = MixqLinear(
-        entry["in_features"],
-        entry["out_features"],
-        QuantScheme.from_json(entry["scheme"]),
-        bias=entry["bias"],
-        dtype=getattr(torch, entry["dtype"]),
-        batch_invariant=entry["batch_invariant"],
-    )
-    module.calibrated = tuple((int(column), float(value)) for column, value in entry["calibrated"])
-    return module
-
-
-def _record(name: str, module: MixqLinear) -> LinearRecord:
-    return LinearRecord(
-        fqn=name,
-        role=role_of(name),
-        out_features=module.out_features,
-        in_features=module.in_features,
-        scheme=module.scheme.name,
-        kernel=None,
-        skip=None,
-        outlier_source=module.outlier_weight_source,
-        float_bytes=module.out_features * module.in_features * module.weight_marker.element_size(),
-    )
+def _put_in_place(unfinished: Path, target: Path) -> None:
+    """Moves complete files to where readers look; what tells them that all is there comes last."""
+    for name in (CONFIG, MANIFEST, GENERATION):
+        (target / name).unlink(missing_ok=True)
+    last = (MANIFEST, CONFIG)
+    for path in sorted(
+        unfinished.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1
+    ):
+        os.replace(path, target / path.name)
 
 
 def _empty_model(source: Path, manifest: dict[str, Any]) -> nn.Module:
@@ -164,7 +155,10 @@ def _empty_model(source: Path, manifest: dict[str, Any]) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise _corrupt(source / "config.json", error) from error
+        raise corrupt(source / CONFIG, error) from error
+    # It tells other readers what to do; the model's own config has none, as before saving.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     architecture = getattr(transformers, manifest["architecture"], None)
     if architecture is None:
         raise CheckpointError(f"this transformers has no {manifest['architecture']!r}: install a newer one.")
@@ -183,40 +177,39 @@ def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -
     from safetensors.torch import load_file
 
     source = Path(directory)
-    manifest = _read_manifest(source)
+    manifest = read_manifest(source)
     records = []
     try:
         model = _empty_model(source, manifest)
         for name, entry in manifest["linears"].items():
-            module = _empty_linear(entry)
+            module = empty_linear(entry)
             module.fqn = name
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module)
-            records.append(_record(name, module))
+            records.append(swap_record(name, module))
+        records += [record_left_alone(name, entry) for name, entry in manifest.get("left_alone", {}).items()]
         for name, dtype in manifest["computed"].items():
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)
             setattr(owner, leaf, getattr(owner, leaf).to(getattr(torch, dtype)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _corrupt(source / MANIFEST, error) from error
+        raise corrupt(source / MANIFEST, error) from error
     try:
         tensors = load_file(source / TENSORS)
-        for name, tensor in model.state_dict().items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
             # Some models keep a few tensors in another dtype than the rest.
             if name in tensors and tensors[name].dtype != tensor.dtype:
-                _own_tensor(model, name).data = tensor.to(tensors[name].dtype)
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
+                tensor.data = tensor.to(tensors[name].dtype)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise _corrupt(source / TENSORS, error) from error
+        raise corrupt(source / TENSORS, error) from error
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise _misfit(source / TENSORS, str(error).partition("\n")[2].strip()) from error
     _check_complete(model, source / TENSORS, missing, unexpected)
     remember_swap(model, records)
+    take_over_saving(model)
     return model.eval().to(device)
-
-
-def _own_tensor(model: nn.Module, name: str) -> Tensor:
-    parent, _, leaf = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(parent), leaf)
-    return found
 
 
 def _check_complete(model: nn.Module, path: Path, missing: list[str], unexpected: list[str]) -> None:
@@ -226,6 +219,8 @@ def _check_complete(model: nn.Module, path: Path, missing: list[str], unexpected
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names
     wrong = [*unexpected, *(name for name in missing if name not in tied)]
     if wrong:
-        raise CheckpointError(
-            f"{path} does not fit the files beside it: {', '.join(wrong[:5])}. Quantize the model again."
-        )
+        raise _misfit(path, ", ".join(wrong[:5]))
+
+
+def _misfit(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} does not fit the files beside it: {what}. Quantize the model again.")

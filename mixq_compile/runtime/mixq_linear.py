@@ -15,6 +15,11 @@ from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import aligned_empty, dequantize_weight, quantize_weight
 from mixq_compile.scheme import QuantScheme
 
+TRIPWIRE = "weight"
+"""In every saved state of a MixqLinear: NaN of shape [1] under the name of the 16-bit weight.
+
+Whoever loads the state into an ordinary model meets a wrong shape, in place of a linear that stays random.
+"""
 FP32_BUFFERS = ("weight_scale", "column_max", "effective_threshold")
 """Buffers that stay fp32 when the module is cast to another dtype."""
 
@@ -118,7 +123,7 @@ class MixqLinear(nn.Module):
         if bias is not None and module.bias is not None:
             module.bias.data = bias.detach().clone()
         if keep_original:
-            module.outlier_source = weight.contiguous()
+            module.keep_original(weight.contiguous())
         if columns is not None and scheme.outliers is not None:
             state = module.outlier_state()
             state.preload(columns, column_max)
@@ -129,6 +134,10 @@ class MixqLinear(nn.Module):
             module.outlier_weight[:, : len(chosen)] = weight[:, chosen]
             module.cached_index[: len(chosen)] = module.index[: len(chosen)]
         return module
+
+    def keep_original(self, weight: Tensor) -> None:
+        """Keeps a 16-bit weight `[N, K]` as the source of outlier columns, also in the module's state."""
+        self.register_buffer("outlier_source", weight)
 
     def outlier_state(self) -> OutlierState:
         """A view of this module's outlier buffers."""
@@ -183,16 +192,46 @@ class MixqLinear(nn.Module):
         """Shape and scheme, for printing."""
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        # Who asks for the variables looks at the module and saves nothing.
+        if not keep_vars:
+            destination[prefix + TRIPWIRE] = torch.full((1,), torch.nan, device=self.weight_codes.device)
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *others: Any, **named: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
+        tripwire = state_dict.get(prefix + TRIPWIRE)
+        if tripwire is not None and tripwire.numel() != 1:
+            error_msgs.append(
+                f"{prefix}{TRIPWIRE} is the weight of an ordinary linear, and this one is quantized: load it "
+                "before mixq_compile.quantize."
+            )
+        brings = prefix + "outlier_source" in state_dict
+        if prefix + "weight_codes" in state_dict and brings != bool(self.outlier_source.numel()):
+            keeps, lacks = ("the saved model", "this one") if brings else ("this model", "the saved one")
+            error_msgs.append(
+                f"{prefix}outlier_source: keep_originals kept the 16-bit weight in {keeps} and not in "
+                f"{lacks}: quantize both in the same way."
+            )
         # Whether a state is held is a matter of the moment, here and where the dict was made.
         held = self.outlier_state().held
-        super()._load_from_state_dict(state_dict, prefix, *others, **named)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         state = self.outlier_state()
         state.let_go()
         if held:
             state.hold()
+        if prefix + TRIPWIRE in unexpected_keys:
+            unexpected_keys.remove(prefix + TRIPWIRE)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
         # A cast of the model's dtype must not touch scales, codes and state: they only change device. Each

@@ -19,6 +19,7 @@ from mixq_compile.runtime.compilation import LinearRecord, remember_swap, swappe
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import pipeline_for
+from mixq_compile.runtime.saving_methods import take_over_saving
 from mixq_compile.runtime.weight_store import STORE
 from mixq_compile.scheme import QuantScheme
 
@@ -69,6 +70,7 @@ def quantize(
     records = list(_swap_all(model, chosen, keep_originals))
     before = [record for record in swapped_linears(model) if record.scheme is not None]
     remember_swap(model, [*before, *records])
+    take_over_saving(model)
     if not records:
         warnings.warn("the model has no linears: nothing to quantize.", stacklevel=2)
     elif all(record.scheme is None for record in records):

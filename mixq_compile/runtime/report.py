@@ -10,6 +10,7 @@ from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.runtime.compilation import LinearRecord, compilations_of, swapped_linears
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.report_tables import LinearReport, Report
+from mixq_compile.runtime.swap_record import swap_record
 from mixq_compile.runtime.weight_store import STORE
 from mixq_compile.runtime.weight_watch import calls_until_seen
 
@@ -34,6 +35,7 @@ def _from_record(record: LinearRecord) -> LinearReport:
         bytes_before=record.float_bytes,
         bytes_after=packed_bytes if quantized else record.float_bytes,
         float_weight_kept=quantized and weight is not None and not STORE.is_released(weight),
+        kept_because=STORE.kept_because(weight) if quantized and weight is not None else None,
     )
 
 
@@ -72,6 +74,10 @@ def report(model: nn.Module) -> Report:
         rows[record.fqn] = (
             _from_module(record, module) if isinstance(module, MixqLinear) else _from_record(record)
         )
+    for name, module in inner.named_modules():
+        # A copy of a swapped model, or one that was unpickled.
+        if isinstance(module, MixqLinear) and name not in rows:
+            rows[name] = _from_module(swap_record(name, module), module)
     for compilation in compilations:
         for record in compilation.linears:
             weight = record.weight() if record.weight is not None else None

@@ -29,6 +29,8 @@ class LinearReport:
     """Bytes of codes, scales and outlier weights; `bytes_before` where the linear was left alone."""
     float_weight_kept: bool
     """True where the 16- or 32-bit weight is still in memory beside the codes."""
+    kept_because: str | None = None
+    """Why `release_weights` kept it; None where it was not asked to free it, or did."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ class Report:
             "raise capacity or threshold, or leave this linear in 16 bit with ignore."
             for linear in self.quantized
             if linear.overflow
+        )
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Which weights `release_weights` kept, and why."""
+        return tuple(
+            f"{linear.fqn}: release_weights kept its 16-bit weight: {linear.kept_because}."
+            for linear in self.quantized
+            if linear.kept_because
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -96,6 +107,7 @@ class Report:
             )
         for fallback in self.fallbacks:
             yield f"a graph was compiled unquantized: {fallback}"
+        yield from self.kept
         for advice in self.advice:
             yield f"advice: {advice}"
 
@@ -124,7 +136,8 @@ def report_html(report: Report) -> str:
     )
     head = "".join(_cell(text, "th", LEFT) for text in HEADINGS)
     body = "".join(_row(linear) for linear in report.linears)
-    notes = [f"a graph was compiled unquantized: {text}" for text in report.fallbacks] + [*report.advice]
+    notes = [f"a graph was compiled unquantized: {text}" for text in report.fallbacks]
+    notes += [*report.kept, *report.advice]
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
         f'<div style="font-size:0.9em"><p>{summary}</p>'

@@ -22,11 +22,15 @@ from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.state_access import exclusive_access
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.runtime import memory
+from mixq_compile.runtime.released_parameter import ReleasedParameter, give_up_memory
 from mixq_compile.runtime.torch_compat import fingerprint
 from mixq_compile.runtime.weight_content import content_of
 from mixq_compile.scheme import QuantScheme, TensorFormat
 
 log = logging.getLogger(__name__)
+
+NEVER = (0, -1)
+"""A `fingerprint` that no tensor has."""
 
 
 @dataclass(eq=False)
@@ -99,7 +103,8 @@ class _Entry:
         default_factory=dict
     )
     states: dict[_StateKey, OutlierState] = field(default_factory=dict)
-    released: bool = False
+    kept_because: str | None = None
+    """Why `release_weights` left the parameter its memory."""
 
 
 def _as_matrix(weight: Tensor, transposed: bool) -> Tensor:
@@ -165,7 +170,7 @@ class WeightStore:
         if key in entry.codes:
             self.refresh(weight, look=True)
             return entry.codes[key]
-        if entry.released:
+        if self.is_released(weight):
             raise MixqError(
                 "a weight was freed by release_weights and cannot be packed again with other options "
                 f"(scheme {scheme.name!r}). Load the model again, or compile without release_weights."
@@ -269,7 +274,7 @@ class WeightStore:
         """
         with self._writing:
             entry = self._known(weight)
-            if entry is None or entry.released or not has_data(weight):
+            if entry is None or not has_data(weight) or self.is_released(weight):
                 return False
             now, content = fingerprint(weight), None
             here = [codes for codes in entry.codes.values() if codes.weight_codes.device == weight.device]
@@ -301,18 +306,33 @@ class WeightStore:
                         packed.fetch(weight, (packed.cached_index >= 0).nonzero().flatten())
 
     def release(self, weight: Tensor) -> None:
-        """Frees the storage of a packed parameter; its packed form is all that is left of it."""
+        """Frees the memory of a packed parameter; its packed form is all that is left of it.
+
+        Raises RuntimeError where torch cannot free it: nothing is changed then.
+        """
         entry = self._entry(weight)
-        entry.released = True
+        give_up_memory(weight)
+        entry.kept_because = None
+        # Data given to the parameter later may lie at the freed address.
         for codes in entry.codes.values():
-            codes.content = None
+            codes.packed_from, codes.content = NEVER, None
         self.releases += 1
-        weight.untyped_storage().resize_(0)
+
+    def keep(self, weight: Tensor, reason: str) -> bool:
+        """Remembers why a parameter's memory is not freed. True where that is new."""
+        entry = self._entry(weight)
+        is_new = entry.kept_because != reason
+        entry.kept_because = reason
+        return is_new
+
+    def kept_because(self, weight: Tensor) -> str | None:
+        """Why `release_weights` kept a parameter's memory; None where it was not asked, or freed it."""
+        entry = self._known(weight)
+        return entry.kept_because if entry is not None else None
 
     def is_released(self, weight: Tensor) -> bool:
-        """True where a parameter's storage has been freed."""
-        entry = self._known(weight)
-        return entry is not None and entry.released
+        """True where a parameter's memory has been freed, and the user gave it no other since."""
+        return isinstance(weight, ReleasedParameter)
 
     def codes(self, weight: Tensor) -> list[WeightCodes]:
         """Every set of codes of a parameter: one for each weight format and device."""

@@ -98,7 +98,8 @@ def test_a_state_dict_round_trip_changes_no_bit(name: str) -> None:
 
 
 def test_what_is_saved_and_what_is_not() -> None:
-    names = set(MixqLinear.from_linear(linear(), SCHEME, keep_original=True).state_dict())
+    module = MixqLinear.from_linear(linear(), SCHEME)
+    names = set(module.state_dict(keep_vars=True))
     assert names == {
         "weight_codes",
         "weight_scale",
@@ -111,6 +112,12 @@ def test_what_is_saved_and_what_is_not() -> None:
         "outlier_weight",
         "bias",
     }
+    saved = module.state_dict()
+    assert set(saved) == names | {"weight"}
+    assert saved["weight"].shape == (1,), "an ordinary linear would load it"
+    assert saved["weight"].isnan().all()
+    keeping = MixqLinear.from_linear(linear(), SCHEME, keep_original=True)
+    assert set(keeping.state_dict()) == names | {"weight", "outlier_source"}
 
 
 def test_a_deep_copy_learns_on_its_own() -> None:
