@@ -20,12 +20,12 @@ _HOME = {
     "compile": "mixq_compile.runtime.export",
     "freeze": "mixq_compile.runtime.outlier_control",
     "hold_states": "mixq_compile.runtime.outlier_control",
-    "load_pretrained": "mixq_compile.runtime.checkpoint",
+    "load_pretrained": "mixq_compile.runtime.checkpoint_loading",
     "quantize": "mixq_compile.runtime.quantize",
     "refresh": "mixq_compile.runtime.outlier_control",
     "report": "mixq_compile.runtime.report",
     "reset": "mixq_compile.runtime.outlier_control",
-    "save_pretrained": "mixq_compile.runtime.checkpoint",
+    "save_pretrained": "mixq_compile.runtime.checkpoint_saving",
 }
 
 __all__ = [
@@ -48,7 +48,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mixq_compile.calibration import CalibrationStats, calibrate
-    from mixq_compile.runtime.checkpoint import load_pretrained, save_pretrained
+    from mixq_compile.runtime.checkpoint_loading import load_pretrained
+    from mixq_compile.runtime.checkpoint_saving import save_pretrained
     from mixq_compile.runtime.export import capture, compile
     from mixq_compile.runtime.mixq_linear import MixqLinear
     from mixq_compile.runtime.options import MixqOptions

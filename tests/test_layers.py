@@ -23,7 +23,8 @@ def _layer(names: str, below: str) -> None:
 
 
 _layer("version errors", "")
-_layer("scheme", "errors")
+_layer("formats", "errors")
+_layer("scheme", "formats")
 _layer("schemes", "scheme")
 _layer("ops", "scheme version")
 _layer("kernels", "ops")

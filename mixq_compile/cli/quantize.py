@@ -61,7 +61,7 @@ def quantize(
     Example: [bold]mixq quantize MODEL --output quantized --scheme w8a8o16[/bold]
     """
     from mixq_compile.cli.models import load_model
-    from mixq_compile.runtime.checkpoint import save_pretrained
+    from mixq_compile.runtime.checkpoint_saving import save_pretrained
     from mixq_compile.runtime.quantize import quantize as swap
     from mixq_compile.runtime.report import report as report_on
 

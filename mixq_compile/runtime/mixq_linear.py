@@ -42,6 +42,8 @@ class MixqLinear(nn.Module):
     outlier_weight: Tensor
     outlier_source: Tensor
     weight_marker: Tensor
+    held = False
+    """True while `hold_states` lasts."""
     fqn: str | None = None
     """The module's name in its model, for errors."""
 
@@ -221,14 +223,13 @@ class MixqLinear(nn.Module):
                 f"{prefix}outlier_source: keep_originals kept the 16-bit weight in {keeps} and not in "
                 f"{lacks}: quantize both in the same way."
             )
-        # Whether a state is held is a matter of the moment, here and where the dict was made.
-        held = self.outlier_state().held
         super()._load_from_state_dict(  # type: ignore[no-untyped-call]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        # Whether a state is held is a matter of the moment, here and where the dict was made.
         state = self.outlier_state()
         state.let_go()
-        if held:
+        if self.held:
             state.hold()
         if prefix + TRIPWIRE in unexpected_keys:
             unexpected_keys.remove(prefix + TRIPWIRE)

@@ -62,6 +62,9 @@ def hold_states(model: nn.Module) -> Iterator[None]:
     """
     inner = _inner(model)
     parameters = STORE.hold(inner.parameters())
+    linears = [each for each in inner.modules() if isinstance(each, MixqLinear) and not each.held]
+    for linear in linears:
+        linear.held = True
     known = _states(model)
     with _alone(known):
         held = [state for state in known if state.hold()]
@@ -69,6 +72,8 @@ def hold_states(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         STORE.let_go(parameters)
+        for linear in linears:
+            linear.held = False
         made = [state for state in STORE.states(parameters) if all(state is not each for each in known)]
         with _alone([*held, *made]):
             for state in (*held, *made):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from mixq_compile.errors import CheckpointError, OptionError
+from mixq_compile.runtime.checkpoint_saving import save_pretrained
 from mixq_compile.runtime.mixq_linear import MixqLinear
 
 _AGREEING: dict[str, Any] = {
@@ -32,8 +33,6 @@ class SavePretrained:
 
     def __call__(self, save_directory: Any, **options: Any) -> None:
         """Calls `mixq_compile.save_pretrained`. Raises OptionError for an option that it has not."""
-        from mixq_compile.runtime.checkpoint import save_pretrained
-
         for name, value in options.items():
             if name not in _AGREEING or value != _AGREEING[name]:
                 raise OptionError(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from mixq_compile import MixqLinear
 from mixq_compile.errors import OperandError
 from mixq_compile.runtime.quantize import quantize
-from mixq_compile.scheme import get_scheme, scheme_names
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 Change = Callable[[Tensor], Tensor]
 

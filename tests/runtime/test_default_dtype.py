@@ -22,7 +22,7 @@ from mixq_compile.benchmarking import planted
 from mixq_compile.kernels.cpu import availability, measured
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import get_scheme, scheme_names
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 LINEAR = nn.Linear(FEATURES, 48).requires_grad_(False)
 FEW, MANY = rows(5, columns=(3,)), rows(60, columns=(3, 20))
@@ -150,7 +150,7 @@ def test_many_rows_of_a_weight_only_linear_in_a_process_of_their_own() -> None:
     """Memory that is too small for its values ends a process, which no assertion of it would see."""
     program = (
         "import torch; from torch import nn; from mixq_compile import MixqLinear; "
-        "from mixq_compile.scheme import get_scheme; linear = nn.Linear(512, 256).requires_grad_(False); "
+        "from mixq_compile.scheme import get_scheme; linear = nn.Linear512, 256.requires_grad_False; "
         "module = MixqLinear.from_linear(linear, get_scheme('w8a16')); x = torch.randn(200, 512); "
         "wanted = module(x); torch.set_default_dtype(torch.bfloat16); "
         "assert all(torch.equal(module(x), wanted) for _ in range(5)); print('equal')"

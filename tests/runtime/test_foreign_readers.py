@@ -246,7 +246,7 @@ def test_a_model_whose_inner_model_was_swapped(tmp_path: Path) -> None:
 
 
 def test_a_linear_that_was_swapped_by_hand(tmp_path: Path) -> None:
-    from mixq_compile.scheme import get_scheme
+    from mixq_compile.schemes.registry import get_scheme
 
     model = tiny_llama()
     linear: nn.Module = model.model.layers[1].mlp.up_proj

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixq_compile import MixqLinear
 from mixq_compile.errors import OperandError
 from mixq_compile.runtime.mixq_linear import FP32_BUFFERS
-from mixq_compile.scheme import get_scheme, scheme_names
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 X = rows(6, columns=(3,))
 INTEGERS = ("weight_codes", "index", "column_slot", "counters", "cached_index")
@@ -27,6 +27,12 @@ def linear(scheme: str = "w8a8o16") -> MixqLinear:
     original = nn.Linear(FEATURES, 48).requires_grad_(False)
     module = MixqLinear.from_linear(original, get_scheme(scheme), columns=[20], keep_original=True)
     module(X)
+    return module
+
+
+def empty() -> MixqLinear:
+    module = MixqLinear(FEATURES, 48, get_scheme("w8a8o16"), bias=True, dtype=torch.float32)
+    module.register_buffer("outlier_source", torch.empty(48, FEATURES))
     return module
 
 
@@ -60,7 +66,7 @@ def test_a_move_that_fails_midway_leaves_right_scales(calls: int) -> None:
     with pytest.raises(NoMemory):
         nn.Sequential(module)._apply(failing_after(calls))
     assert_exact(module, untouched)
-    other = MixqLinear(FEATURES, 48, get_scheme("w8a8o16"), bias=True, dtype=torch.float32)
+    other = empty()
     other.load_state_dict(module.state_dict())
     wanted = untouched(X)
     assert float((other(X) - wanted).abs().max()) < 4e-3 * float(wanted.abs().max())
@@ -145,6 +151,7 @@ def test_an_uninitialised_linear_takes_a_state_dict() -> None:
     module = torch.nn.utils.skip_init(
         MixqLinear, FEATURES, 48, get_scheme("w8a8o16"), bias=True, dtype=torch.float32
     )
+    module.register_buffer("outlier_source", torch.empty(48, FEATURES))
     module.load_state_dict(wanted.state_dict())
     assert_exact(module, wanted)
     assert module.weight.isnan().all(), "the marker of the weight that is gone is a number"

@@ -217,7 +217,7 @@ class TestInterruptedSaving:
     def test_a_directory_that_was_cut_off_while_files_are_moved_has_no_config(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from mixq_compile.runtime import checkpoint
+        from mixq_compile.runtime import checkpoint_saving
 
         model = mixq.quantize(tiny_llama())
         mixq.save_pretrained(model, tmp_path)
@@ -230,7 +230,7 @@ class TestInterruptedSaving:
             source.rename(target)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, "replace", move)
+            patch.setattr(checkpoint_saving.os, "replace", move)
             with pytest.raises(KeyboardInterrupt):
                 mixq.save_pretrained(model, tmp_path)
         assert not (tmp_path / "config.json").exists()
@@ -241,12 +241,12 @@ class TestInterruptedSaving:
         assert not list(tmp_path.glob(".mixq-*"))
 
     def test_the_config_comes_last(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from mixq_compile.runtime import checkpoint
+        from mixq_compile.runtime import checkpoint_saving
 
         order: list[str] = []
-        replace = checkpoint.os.replace
+        replace = checkpoint_saving.os.replace
         monkeypatch.setattr(
-            checkpoint.os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b))[1]
+            checkpoint_saving.os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b))[1]
         )
         mixq.save_pretrained(mixq.quantize(tiny_llama()), tmp_path)
         assert order[-2:] == ["mixq.json", "config.json"]
