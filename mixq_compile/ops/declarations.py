@@ -15,12 +15,20 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops.outlier_state import STATE_FIELDS
-from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.providers import run
 from mixq_compile.ops.state_access import STATES
+from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
 
 LAYOUT = (torch.Tag.flexible_layout,)
 """Kernels take inputs of any strides; without this tag Inductor copies an input for each of its readers."""
+
+QUANTIZED = ("codes", "scale", "outliers")
+"""What quantization returns; where it learns, `count` too."""
+STATE = {name: name for name in STATE_FIELDS}
+"""The operands of an operator that takes a whole outlier state."""
+WEIGHT = ("weight_codes", "weight_scale", "outlier_weight", "bias")
+"""The operands of a mixed-precision product that have a row for each output."""
 
 
 def _codes_like(x: Tensor) -> Tensor:
@@ -57,6 +65,14 @@ def _(x: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return quantized_like(x, index.shape[0])
 
 
+declare(
+    quantize,
+    quantizes="x",
+    results=QUANTIZED,
+    state={"index": "index", "column_slot": "column_slot", "count": "counters"},
+)
+
+
 @torch.library.custom_op("mixq::quantize_online", mutates_args=STATE_FIELDS, tags=LAYOUT)
 def quantize_online(
     x: Tensor,
@@ -83,6 +99,9 @@ def quantize_online(
 @quantize_online.register_fake
 def _(x: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *quantized_like(x, index.shape[0]), index.new_empty(1)
+
+
+declare(quantize_online, quantizes="x", results=(*QUANTIZED, "count"), state=STATE)
 
 
 @torch.library.custom_op(
@@ -139,6 +158,14 @@ def _(*arguments: Any) -> None:
     return None
 
 
+declare(
+    refresh_outlier_weights,
+    source="outlier_weight",
+    state={"index": "index"},
+    each=("cached_index", "outlier_weight", "weight_codes", "weight_scale", "original"),
+)
+
+
 @torch.library.custom_op("mixq::mixed_gemm", mutates_args=(), tags=LAYOUT)
 def mixed_gemm(
     codes: Tensor,
@@ -164,6 +191,15 @@ def _(
     return accumulator, codes.new_empty(shape, dtype=torch.float32)
 
 
+declare(
+    mixed_gemm,
+    product=True,
+    source="outliers",
+    rows=("weight_codes", "outlier_weight"),
+    results=("accumulator", "outlier_product"),
+)
+
+
 @torch.library.custom_op("mixq::dequantize", mutates_args=(), tags=LAYOUT)
 def dequantize(
     x: Tensor,
@@ -184,6 +220,9 @@ def dequantize(
 @dequantize.register_fake
 def _(x: Tensor, accumulator: Tensor, *others: Any) -> Tensor:
     return x.new_empty(accumulator.shape)
+
+
+declare(dequantize, rows=("weight_scale", "bias"))
 
 
 @torch.library.custom_op("mixq::mixed_linear", mutates_args=(), tags=LAYOUT)
@@ -224,6 +263,9 @@ def _(
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
 
 
+declare(mixed_linear, product=True, joins=True, rows=WEIGHT)
+
+
 @torch.library.custom_op("mixq::weight_only_linear", mutates_args=(), tags=LAYOUT)
 def weight_only_linear(
     x: Tensor,
@@ -244,8 +286,4 @@ def _(x: Tensor, weight_codes: Tensor, *others: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
 
 
-for _operator in (
-    quantize, quantize_online, refresh_outlier_weights, mixed_gemm, dequantize, mixed_linear,
-    weight_only_linear,
-):  # fmt: skip
-    declare(_operator._name, _operator._init_fn)
+declare(weight_only_linear, product=True, joins=True, rows=("weight_codes", "weight_scale", "bias"))

@@ -10,17 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixq_compile.ops.declarations import (
-    LAYOUT,
-    mixed_linear,
-    quantize,
-    quantize_online,
-    refresh_outlier_weights,
-    weight_only_linear,
-)
+from mixq_compile.ops.composition import STATIC, compose, weight_only
+from mixq_compile.ops.declarations import LAYOUT, STATE, WEIGHT
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
 from mixq_compile.ops.state_access import state_access
+from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import weight_bits
 from mixq_compile.scheme import OutlierPolicy
 
@@ -75,55 +70,34 @@ def linear(
     activation_bits 16 is weight-only; C = 0 slots or the policy `static` never learn columns.
     original is the 16-bit weight or an empty tensor. policy is what `policy_text` writes.
     """
+    given = {
+        "x": x,
+        "weight_codes": weight_codes,
+        "weight_scale": weight_scale,
+        "bias": bias,
+        "index": index,
+        "column_slot": column_slot,
+        "column_max": column_max,
+        "counters": counters,
+        "effective_threshold": effective_threshold,
+        "cached_index": cached_index,
+        "outlier_weight": outlier_weight,
+        "original": original,
+        "bits": activation_bits,
+        "kernel": AUTO,
+    }
     if activation_bits == 16:
-        return weight_only_linear(x, weight_codes, weight_scale, bias, AUTO)  # type: ignore[no-any-return]
+        return weight_only(given)  # type: ignore[no-any-return]
+    slots = index.shape[0]
     with state_access(x.device):
-        return _mixed(
-            x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters,
-            effective_threshold, cached_index, outlier_weight, original, activation_bits,
-            batch_invariant, policy,
-        )  # fmt: skip
-
-
-def _mixed(
-    x: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    column_slot: Tensor,
-    column_max: Tensor,
-    counters: Tensor,
-    effective_threshold: Tensor,
-    cached_index: Tensor,
-    outlier_weight: Tensor,
-    original: Tensor,
-    activation_bits: int,
-    batch_invariant: bool,
-    policy: str,
-) -> Tensor:
-    """Quantization and product, one after the other."""
-    miss, _ = parse_policy(policy)
-    small_m = small_batch_limit_of(x, weight_codes, column_slot.shape[0], batch_invariant)
-    if miss == "static" or index.shape[0] == 0:
-        count = counters
-        codes, scale, outliers = quantize(x, index, column_slot, counters, activation_bits, small_m, AUTO)
-    else:
-        codes, scale, outliers, count = quantize_online(
-            x, index, column_slot, column_max, counters, effective_threshold,
-            activation_bits, miss, small_m, AUTO,
-        )  # fmt: skip
-    if index.shape[0]:
-        refresh_outlier_weights(
-            codes, index, count, [cached_index], [outlier_weight], [weight_codes], [weight_scale],
-            [original], small_m, AUTO,
-        )  # fmt: skip
-    return mixed_linear(  # type: ignore[no-any-return]
-        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias,
-        small_m, AUTO,
-    )  # fmt: skip
+        given["miss"] = parse_policy(policy)[0] if slots else STATIC
+        given["small_m"] = small_batch_limit_of(x, weight_codes, column_slot.shape[0], batch_invariant)
+        return compose(given, refreshes=slots > 0)  # type: ignore[no-any-return]
 
 
 @linear.register_fake
 def _(x: Tensor, weight_codes: Tensor, *others: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
+
+
+declare(linear, composite=True, rows=WEIGHT, state=STATE)
