@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixq_compile.ops import declarations as ops
+from mixq_compile.ops import composition
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.providers import KernelQuery, small_batch_limit
 from mixq_compile.ops.weight_codes import EPSILON, dequantize_weight, quantize_weight
@@ -17,8 +18,23 @@ from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, TensorFormat
 
 ACTIVATION_BITS = 8
 
-Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Codes `[M, K]`, scales `[M]`, outliers `[M, C]` and their number."""
+
+class Quantized(NamedTuple):
+    """Quantized rows."""
+
+    codes: Tensor
+    """[M, K]"""
+    scale: Tensor
+    """[M]"""
+    outliers: Tensor
+    """[M, C]"""
+    used: Tensor
+    """How many of the C slots hold one; operators call it `count`, which a tuple has already."""
+
+    @property
+    def operands(self) -> dict[str, Tensor]:
+        """By the names of operands."""
+        return {"codes": self.codes, "scale": self.scale, "outliers": self.outliers, "count": self.used}
 
 
 @dataclass(frozen=True)
@@ -87,34 +103,42 @@ class PackedLinear:
         """The buffers that a call may change."""
         return (*self.state.buffers(), self.cached_index, self.outlier_weight)
 
+    def _given(self, x: Tensor, miss: str, source: Tensor | None = None) -> composition.Given:
+        """What `ops.composition` takes; `source` is the weight that columns are fetched from."""
+        return {
+            **self.state.named_buffers(),
+            "x": x,
+            "weight_codes": self.codes,
+            "weight_scale": self.scale,
+            "bias": None,
+            "cached_index": self.cached_index,
+            "outlier_weight": self.outlier_weight,
+            "original": source,
+            "bits": ACTIVATION_BITS,
+            "miss": miss,
+            "small_m": self.small_m,
+            "kernel": self.kernel,
+        }
+
     def quantize_static(self, x: Tensor) -> Quantized:
         """Quantizes with the columns known, without looking for others."""
-        codes, scale, outliers = ops.quantize(
-            x, self.state.index, self.state.column_slot, self.state.counters,
-            ACTIVATION_BITS, self.small_m, self.kernel,
-        )  # fmt: skip
-        return codes, scale, outliers, self.state.counters
+        return self.quantize_online(x, composition.STATIC)
 
     def quantize_online(self, x: Tensor, miss: str = "exact") -> Quantized:
         """Quantizes and checks for columns that are not known."""
-        return ops.quantize_online(  # type: ignore[no-any-return]
-            x, *self.state.buffers(), ACTIVATION_BITS, miss, self.small_m, self.kernel
-        )
+        given = composition.quantized(self._given(x, miss))
+        return Quantized(given["codes"], given["scale"], given["outliers"], given["count"])
 
     def refresh(self, quantized: Quantized, originals: bool = False) -> None:
         """Fetches the weights of new columns, from the codes or from the originals."""
-        codes, _, _, count = quantized
         source = self.weight if originals else self.weight.new_empty(0)
-        ops.refresh_outlier_weights(
-            codes, self.state.index, count, [self.cached_index], [self.outlier_weight], [self.codes],
-            [self.scale], [source], self.small_m, self.kernel,
-        )  # fmt: skip
+        given = self._given(quantized.codes, composition.STATIC, source)
+        composition.refreshed({**given, **quantized.operands})
 
     def multiply(self, x: Tensor, quantized: Quantized) -> Tensor:
         """The product and its dequantization in one kernel; `[M, N]`."""
-        return ops.mixed_linear(  # type: ignore[no-any-return]
-            x, *quantized, self.codes, self.scale, self.outlier_weight, None, self.small_m, self.kernel
-        )
+        given = {**self._given(x, composition.STATIC), **quantized.operands}
+        return composition.multiplied(given)  # type: ignore[no-any-return]
 
     def whole(self, x: Tensor, miss: str = "exact", originals: bool = False) -> Tensor:
         """The whole linear: quantization, check, outlier weights, product."""

@@ -68,7 +68,7 @@ class PermutedLinear:
         codes, scale, _ = ops.quantize(
             inner, self.no_index, self.no_slots, self.count, ACTIVATION_BITS, 0, self.linear.kernel
         )
-        return codes, scale, outliers, self.count
+        return Quantized(codes, scale, outliers, self.count)
 
     def multiply(self, x: Tensor, quantized: Quantized) -> Tensor:
         """The product `[M, N]`."""

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixq_compile.ir.snapshot import NodeRow
+from mixq_compile.ops.traits import traits_of
 from mixq_compile.pipeline.history import History
 from mixq_compile.scheme import QuantScheme
 
 LINEAR = "aten.linear.default"
-PRODUCTS = ("mixed_gemm", "mixed_linear", "activated_linear", "quantized_linear", "weight_only_linear")
-"""`mixq::` operators that compute one linear, or several that were merged."""
+SWAPPED = "mixq.linear.default"
+"""What the module of a linear that was swapped before the capture calls."""
 NEVER_REWRITTEN = "it has a scheme, but no pass rewrote it"
 NOT_LOOKED_AT = "no pass looked at it"
 SCALE_BYTES = INDEX_BYTES = 4
@@ -126,16 +127,11 @@ def _is_linear(row: NodeRow) -> bool:
     return row.target == LINEAR or row.annotations.get("skip") is not None
 
 
-def _operator(row: NodeRow) -> str:
-    namespace, _, rest = row.target.partition(".")
-    return rest.removesuffix(".default") if namespace == "mixq" else ""
-
-
 def _linears(history: History) -> dict[str, NodeRow]:
     """The row that says most about each linear, by layer; the last one that was seen."""
     found: dict[str, NodeRow] = {}
     for row in _all_rows(history):
-        if _is_linear(row) or _operator(row) == "linear":
+        if _is_linear(row) or row.target == SWAPPED:
             found[row.fqn] = row
     return found
 
@@ -144,7 +140,8 @@ def _products(rows: Sequence[NodeRow]) -> dict[str, NodeRow]:
     """The node that computes each quantized linear in the end, by layer."""
     found: dict[str, NodeRow] = {}
     for row in rows:
-        if _operator(row) in PRODUCTS:
+        traits = traits_of(row.target)
+        if traits is not None and traits.product:
             for member in row.annotations.get("members") or [{"fqn": row.fqn}]:
                 found[member.get("fqn") or row.fqn] = row
     return found
@@ -159,18 +156,24 @@ def sizes(value: str) -> tuple[str, int, tuple[int, ...]]:
     return match["dtype"], int(match["bits"]), tuple(int(p) if p.isdigit() else 0 for p in listed)
 
 
+def _operand_sizes(row: NodeRow, values: Mapping[str, str], name: str) -> tuple[str, int, tuple[int, ...]]:
+    """dtype, bits and sizes of an operand that is a node; of a captured call, the weight comes second."""
+    operands = row.operands
+    if name not in operands and name == "weight":
+        operands = dict(zip(("input", name), row.arguments, strict=False))
+    return sizes(values.get(operands.get(name, "").removeprefix("%"), ""))
+
+
 def _summary(
     row: NodeRow, values: Mapping[str, str], product: NodeRow | None, left: NodeRow | None
 ) -> LayerSummary:
     notes = row.annotations
-    inputs = [sizes(values.get(name, "")) for name in row.inputs]
-    dtype, bits, shape = inputs[1] if len(inputs) > 1 else ("", 0, ())
-    swapped = _operator(row) == "linear"
+    if row.target == SWAPPED:
+        return _swapped(row, values, product)
+    dtype, bits, shape = _operand_sizes(row, values, "weight")
     out_features, in_features = shape if len(shape) == 2 else (0, 0)
     parameters = notes.get("parameters")
     scheme = QuantScheme.from_json(parameters) if parameters and product is not None else None
-    if swapped and inputs:
-        return _swapped(row, inputs, product)
     policy = scheme.outliers if scheme is not None else None
     capacity = policy.capacity_for(in_features) if policy is not None else 0
     before = out_features * in_features * bits // 8
@@ -201,16 +204,17 @@ def _why_left(row: NodeRow) -> str:
     return NEVER_REWRITTEN if row.annotations.get("scheme") else NOT_LOOKED_AT
 
 
-def _swapped(
-    row: NodeRow, inputs: Sequence[tuple[str, int, tuple[int, ...]]], product: NodeRow | None
-) -> LayerSummary:
+def _swapped(row: NodeRow, values: Mapping[str, str], product: NodeRow | None) -> LayerSummary:
     """The summary of a linear whose module was swapped before the capture; its scheme is in its tensors."""
-    (dtype, bits, shape), (code_type, _, codes) = inputs[:2]
+    dtype, bits, shape = _operand_sizes(row, values, "x")
+    code_type, _, codes = _operand_sizes(row, values, "weight_codes")
     in_features, out_features = (shape[-1] if shape else 0), (codes[0] if codes else 0)
     weight_bits = 4 if code_type == "uint8" else 8
-    activation_bits = next((int(part) for part in row.args.split(", ")[-3:-2] if part.isdigit()), bits)
-    # The state's first buffer holds one index for each slot; without outliers it is empty.
-    capacity = inputs[4][2][0] if len(inputs) > 4 and inputs[4][2] else 0
+    given = row.operands.get("activation_bits", "")
+    activation_bits = int(given) if given.isdigit() else bits
+    # The index has an item for each slot; without outliers it is empty.
+    _, _, slots = _operand_sizes(row, values, "index")
+    capacity = slots[0] if slots else 0
     marks = f"w{weight_bits}a{activation_bits}{'o16' if capacity and activation_bits < bits else ''}"
     return LayerSummary(
         fqn=row.fqn,

@@ -196,7 +196,7 @@ def _label(row: NodeRow) -> tuple[str, str]:
     if row.op.startswith("call"):
         what = _operator(row.target)
         if what == "getitem":
-            what = f"getitem {row.args.rpartition(', ')[2]}"
+            what = f"getitem {row.arguments[-1]}"
     elif row.op == "output":
         what = "return"
     else:

@@ -64,14 +64,14 @@ def has_effect(node: Node) -> bool:
     return (schema is not None and bool(schema.is_mutable)) or node.is_impure()
 
 
-def is_written_between(value: Node, first: Node, last: Node) -> bool:
-    """True where a call between two nodes may change a value in place."""
+def writer_between(value: Node, first: Node, last: Node) -> Node | None:
+    """The first call between two nodes that may change a value in place; None where none does."""
     node = first
     while node is not last:
         if is_in_place(node) and node.args and _may_alias(node.args[0], value):
-            return True
+            return node
         node = node.next
-    return False
+    return None
 
 
 def _may_alias(node: object, value: Node) -> bool:

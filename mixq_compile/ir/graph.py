@@ -19,6 +19,7 @@ from mixq_compile.ir import names
 from mixq_compile.ir.effects import has_effect
 from mixq_compile.ir.evaluate import Evaluator, UnknownValueError
 from mixq_compile.ir.linears import transposed_source
+from mixq_compile.ops.operands import result_place, signature_of
 
 Origin = Literal["dynamo", "export"]
 
@@ -285,19 +286,23 @@ class CapturedGraph:
     def call(
         self,
         target: Callable[..., Any],
-        args: Sequence[Any],
+        args: Sequence[Any] | Mapping[str, Any],
         *,
         like: Node | None = None,
         custom: Mapping[str, Any] | None = None,
     ) -> Node:
         """A call at the graph's insertion point, with its value computed on the arguments' values.
 
-        `like` is the node it stands for: its Python line, module and annotations are copied. `custom`
-        replaces the copied `meta["custom"]`. Raises UnknownValueError where an argument has no
-        recorded value, and what the operator raises on wrong arguments; the graph is then unchanged.
+        `args` stand in order, or are given by the names in the operator's schema. `like` is the node that
+        the call stands for: its Python line, module and annotations are copied. `custom` replaces the
+        copied `meta["custom"]`. Raises UnknownValueError where an argument has no recorded value, and what
+        the operator raises on wrong arguments; the graph is then unchanged.
         """
-        value = self.evaluate(target, args, {})
-        node = self.graph.call_function(target, tuple(args))
+        kwargs: dict[str, Any] = {}
+        if isinstance(args, Mapping):
+            args, kwargs = signature_of(target).arrange(args)
+        value = self.evaluate(target, args, kwargs)
+        node = self.graph.call_function(target, tuple(args), kwargs)
         if like is not None:
             node.meta.update({key: like.meta[key] for key in INHERITED_META if key in like.meta})
             if "custom" in like.meta:
@@ -328,6 +333,10 @@ class CapturedGraph:
         """One result of a call that returns several."""
         return self.call(operator.getitem, (node, index), like=node)
 
+    def result(self, node: Node, name: str) -> Node:
+        """One result of a `mixq::` operator that returns several, by its name; a new node."""
+        return self.getitem(node, result_place(node.target, name))
+
     def replace(self, old: Node, new: Node) -> None:
         """Lets every reader of a node read another one, and erases it."""
         old.replace_all_uses_with(new)
@@ -337,9 +346,14 @@ class CapturedGraph:
         """Erases calls that nothing reads, except those with an effect. True if any was erased."""
         return self.graph.eliminate_dead_code(has_effect)
 
+    def is_dead(self, node: Node) -> bool:
+        """True for a node that nothing reads and that has no effect of its own."""
+        return not node.users and not has_effect(node)
+
     def unread_attributes(self) -> list[str]:
-        """Names of the module's parameters and buffers that no node reads."""
-        read = {str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
+        """Names of the module's parameters and buffers that no node reads, or only one that nothing reads."""
+        readers = [node for node in self.graph.nodes if node.op in ("get_attr", "call_module")]
+        read = {str(node.target) for node in readers if not self.is_dead(node)}
         within = tuple(f"{name}." for name in read)
         owned = (*self.module.named_parameters(remove_duplicate=False),
                  *self.module.named_buffers(remove_duplicate=False))  # fmt: skip

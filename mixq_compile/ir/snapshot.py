@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from mixq_compile.ir import names
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.verify import describe
+from mixq_compile.ops.operands import Signature, signature_of
+
+_NAMED = re.compile(r"([A-Za-z_]\w*)=(?!=)")
+"""How an argument begins that is given by its name; others begin with `%`, a quote, a bracket or a digit."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,24 @@ class NodeRow:
     def from_json(cls, data: Mapping[str, Any]) -> NodeRow:
         """The row that `to_json` wrote."""
         return cls(**{**data, "inputs": tuple(data["inputs"])})
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The text of each argument, those that are given by name with it."""
+        return tuple(_split(self.args))
+
+    @property
+    def operands(self) -> dict[str, str]:
+        """The text of each operand that the call gives, by its name in the operator's schema.
+
+        Empty for a target that has none.
+        """
+        signature = _signature(self.target) if self.op == "call_function" else None
+        if signature is None:
+            return {}
+        pairs = [(_NAMED.match(text), text) for text in self.arguments]
+        named = {match[1]: text[match.end() :] for match, text in pairs if match is not None}
+        return signature.bind([text for match, text in pairs if match is None], named)
 
     @property
     def line(self) -> str:
@@ -111,6 +135,40 @@ def _function_name(target: Callable[..., Any]) -> str:
     name = getattr(target, "__name__", str(target))
     module = getattr(target, "__module__", None) or ""
     return name if module in ("", "_operator", "builtins") else f"{module.removeprefix('torch.')}.{name}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _signature(target: str) -> Signature | None:
+    """The signature of an operator by its text, such as `aten.linear.default`; None for anything else."""
+    parts = target.split(".")
+    found: Any = torch.ops
+    if len(parts) != 3:
+        return None
+    for part in parts:
+        found = getattr(found, part, None)
+    return signature_of(found) if hasattr(found, "_schema") else None
+
+
+def _split(text: str) -> Iterator[str]:
+    """The arguments in a text that `_argument` wrote: commas within brackets and quotes divide none."""
+    depth, quote, start, place = 0, "", 0, 0
+    while place < len(text):
+        letter = text[place]
+        if quote:
+            place += letter == "\\"
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            yield text[start:place].strip()
+            start = place + 1
+        place += 1
+    if text[start:].strip():
+        yield text[start:].strip()
 
 
 def _argument(value: Any) -> str:

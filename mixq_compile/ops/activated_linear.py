@@ -7,9 +7,10 @@ from torch import Tensor
 
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.declarations import LAYOUT
-from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.declarations import LAYOUT, WEIGHT
+from mixq_compile.ops.providers import run
 from mixq_compile.ops.state_access import STATES
+from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import weight_bits
 
 FUNCTIONS = ("relu", "silu", "gelu", "gelu_tanh")
@@ -85,4 +86,4 @@ def _(
     return x.new_empty((*x.shape[:-1], features // 2 if gated else features))
 
 
-declare(activated_linear._name, activated_linear._init_fn)
+declare(activated_linear, product=True, rows=WEIGHT)

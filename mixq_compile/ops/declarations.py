@@ -18,12 +18,20 @@ from torch import Tensor
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.outlier_state import STATE_FIELDS
-from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.providers import run
 from mixq_compile.ops.state_access import STATES
+from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
 
 LAYOUT = (torch.Tag.flexible_layout,)
 """Kernels take inputs of any strides; without this tag Inductor copies an input for each of its readers."""
+
+QUANTIZED = ("codes", "scale", "outliers")
+"""What quantization returns; where it learns, `count` too."""
+STATE = {name: name for name in STATE_FIELDS}
+"""The operands of an operator that takes a whole outlier state."""
+WEIGHT = ("weight_codes", "weight_scale", "outlier_weight", "bias")
+"""The operands of a mixed-precision product that have a row for each output."""
 
 
 def _codes_like(x: Tensor) -> Tensor:
@@ -64,6 +72,14 @@ def _(
     return quantized_like(x, index.shape[0])
 
 
+declare(
+    quantize,
+    quantizes="x",
+    results=QUANTIZED,
+    state={"index": "index", "column_slot": "column_slot", "count": "counters"},
+)
+
+
 @torch.library.custom_op("mixq::quantize_online", mutates_args=STATE_FIELDS, tags=LAYOUT)
 def quantize_online(
     x: Tensor,
@@ -101,6 +117,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     operand_checks.QUANTIZE_ONLINE.examine(x, index, column_slot, column_max, counters, effective_threshold)
     return *quantized_like(x, index.shape[0]), index.new_empty(1)
+
+
+declare(quantize_online, quantizes="x", results=(*QUANTIZED, "count"), state=STATE)
 
 
 @torch.library.custom_op(
@@ -186,6 +205,14 @@ def _(
         operand_checks.REFRESH.examine(codes, index, count, *each)
 
 
+declare(
+    refresh_outlier_weights,
+    source="outlier_weight",
+    state={"index": "index"},
+    each=("cached_index", "outlier_weight", "weight_codes", "weight_scale", "original"),
+)
+
+
 @torch.library.custom_op("mixq::mixed_gemm", mutates_args=(), tags=LAYOUT)
 def mixed_gemm(
     codes: Tensor,
@@ -218,6 +245,15 @@ def _(
     return accumulator, codes.new_empty(shape, dtype=torch.float32)
 
 
+declare(
+    mixed_gemm,
+    product=True,
+    source="outliers",
+    rows=("weight_codes", "outlier_weight"),
+    results=("accumulator", "outlier_product"),
+)
+
+
 @torch.library.custom_op("mixq::dequantize", mutates_args=(), tags=LAYOUT)
 def dequantize(
     x: Tensor,
@@ -248,6 +284,9 @@ def _(
 ) -> Tensor:
     operand_checks.DEQUANTIZE.examine(x, accumulator, outlier_product, scale, weight_scale, bias)
     return x.new_empty(accumulator.shape)
+
+
+declare(dequantize, rows=("weight_scale", "bias"))
 
 
 @torch.library.custom_op("mixq::mixed_linear", mutates_args=(), tags=LAYOUT)
@@ -298,6 +337,9 @@ def _(
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
 
 
+declare(mixed_linear, product=True, joins=True, rows=WEIGHT)
+
+
 @torch.library.custom_op("mixq::weight_only_linear", mutates_args=(), tags=LAYOUT)
 def weight_only_linear(
     x: Tensor,
@@ -320,8 +362,4 @@ def _(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
 
 
-for _operator in (
-    quantize, quantize_online, refresh_outlier_weights, mixed_gemm, dequantize, mixed_linear,
-    weight_only_linear,
-):  # fmt: skip
-    declare(_operator._name, _operator._init_fn)
+declare(weight_only_linear, product=True, joins=True, rows=("weight_codes", "weight_scale", "bias"))

@@ -71,6 +71,10 @@ class OutlierState:
         """The buffers in the order in which operators take them."""
         return tuple(getattr(self, name) for name in STATE_FIELDS)
 
+    def named_buffers(self) -> dict[str, Tensor]:
+        """The buffers by the names that operators give them."""
+        return {name: getattr(self, name) for name in STATE_FIELDS}
+
     def reset(self) -> None:
         """Forgets every column found online, in place; calibrated ones stay, and so does freezing by them."""
         kept = self.counters[FROZEN] & (HELD | 1 if self.calibrated else HELD)

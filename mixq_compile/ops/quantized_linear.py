@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.declarations import LAYOUT
+from mixq_compile.ops.declarations import LAYOUT, QUANTIZED, STATE, WEIGHT
 from mixq_compile.ops.outlier_state import STATE_FIELDS
-from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.providers import run
 from mixq_compile.ops.state_access import STATES
+from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
 
 ACTIVATIONS = ("none", "relu", "gelu")
@@ -56,9 +57,23 @@ def quantized_linear(
 
 
 @quantized_linear.register_fake
-def _(codes: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    operand_checks.QUANTIZED_LINEAR.examine(codes, index, *others[:11])
-    outliers, weight_codes = others[5], others[7]
+def _(
+    codes: Tensor,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    scale: Tensor,
+    outliers: Tensor,
+    count: Tensor,
+    weight_codes: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operand_checks.QUANTIZED_LINEAR.examine(
+        codes, index, column_slot, column_max, counters, effective_threshold, scale, outliers, count,
+        weight_codes, *others[:3],
+    )  # fmt: skip
     leading, features = codes.shape[:-1], weight_codes.shape[0]
     padded = (features + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
     made = codes.new_empty((*leading, padded))[..., :features]
@@ -66,4 +81,11 @@ def _(codes: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tenso
     return made, codes.new_empty(leading, dtype=torch.float32), slots, index.new_empty(1)
 
 
-declare(quantized_linear._name, quantized_linear._init_fn)
+declare(
+    quantized_linear,
+    product=True,
+    source="outliers",
+    rows=WEIGHT,
+    results=(*QUANTIZED, "count"),
+    state=STATE,
+)

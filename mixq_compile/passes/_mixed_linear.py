@@ -2,68 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ops import composition
 from mixq_compile.ops.providers import AUTO
 
-mixq = torch.ops.mixq
+Write = Callable[[Any, Mapping[str, Any]], Node]
+"""`write(operator, operands)` makes a node."""
 
 
 @dataclass(frozen=True)
 class MixedLinear:
-    """The arguments of one quantized linear, as nodes."""
+    """One quantized linear: its operands, as nodes, and what is known of its outliers."""
 
-    x: Node
-    weight_codes: Node
-    weight_scale: Node
-    bias: Node | None
-    state: tuple[Node, ...]
-    """The outlier state's buffers, in the order of STATE_FIELDS."""
-    cached_index: Node
-    outlier_weight: Node
-    original: Node
-    """The 16-bit weight, or an empty tensor."""
+    operands: Mapping[str, Node | None]
+    """x, the weight's and the state's, by the names that `ops.composition` lists."""
     bits: int
+    """Of the activation's codes."""
     policy: dict[str, Any] | None
     """The outlier policy as JSON; None: no outlier columns are kept."""
     columns: list[int] | None
     """Outlier columns known from calibration."""
     small_m: int
 
-    def write(self, graph: CapturedGraph, call: Callable[..., Node]) -> Node:
+    def write(self, graph: CapturedGraph, write: Write) -> Node:
         """Quantize, refresh, mixed_gemm and dequantize at the insertion point; returns the last.
 
-        `call(operator, *arguments)` makes a node.
+        Raises OptionError where one of the operands belongs to none of them.
         """
-        index, column_slot, _, counters, _ = self.state
-        tail = (self.small_m, AUTO)
-        miss = self.policy["miss"] if self.policy else "static"
-        if miss == "static":
-            quantized = call(mixq.quantize.default, self.x, index, column_slot, counters, self.bits, *tail)
-            codes, scale, outliers = (graph.getitem(quantized, place) for place in range(3))
-            count = counters
-        else:
-            quantized = call(mixq.quantize_online.default, self.x, *self.state, self.bits, miss, *tail)
-            codes, scale, outliers, count = (graph.getitem(quantized, place) for place in range(4))
-        view = Annotations(quantized)
-        view.policy, view.outlier_columns = self.policy, self.columns
-        if self.policy:
-            call(
-                mixq.refresh_outlier_weights.default, codes, index, count, [self.cached_index],
-                [self.outlier_weight], [self.weight_codes], [self.weight_scale], [self.original], *tail,
-            )  # fmt: skip
-        product = call(
-            mixq.mixed_gemm.default, codes, outliers, count, self.weight_codes, self.outlier_weight, AUTO
-        )
-        accumulator, outlier_product = (graph.getitem(product, place) for place in range(2))
-        return call(
-            mixq.dequantize.default, self.x, accumulator, outlier_product, scale, self.weight_scale,
-            self.bias, AUTO,
-        )  # fmt: skip
+
+        def call(step: composition.Step, given: Mapping[str, Any]) -> Any:
+            node = write(step.operator, step.signature.select(given))
+            if step.traits.quantizes is not None:
+                view = Annotations(node)
+                view.policy, view.outlier_columns = self.policy, self.columns
+            return tuple(graph.result(node, name) for name in step.traits.results) or node
+
+        composition.check_taken(self.operands)
+        given: composition.Given = {
+            **self.operands,
+            "bits": self.bits,
+            "small_m": self.small_m,
+            "kernel": AUTO,
+        }
+        given["miss"] = self.policy["miss"] if self.policy else composition.STATIC
+        result: Node = composition.compose(given, call, refreshes=self.policy is not None, fused=False)
+        return result
+
+
+def write_weight_only(operands: Mapping[str, Node | None], write: Write) -> Node:
+    """The node of a linear whose input stays as it is; of the operands it takes x and the weight's."""
+    composition.check_taken(operands)
+
+    def call(step: composition.Step, given: Mapping[str, Any]) -> Node:
+        return write(step.operator, step.signature.select(given))
+
+    result: Node = composition.weight_only({**operands, "kernel": AUTO}, call)
+    return result

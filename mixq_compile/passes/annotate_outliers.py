@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ops.operands import operand
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
 
@@ -47,7 +48,7 @@ class AnnotateOutliers(Pass):
         if context.stats is None:
             return
         chosen = self._chosen(graph)
-        shapes = {fqn: graph.value(node.args[1]).shape for node, fqn, _ in chosen}
+        shapes = {fqn: graph.value(operand(node, "weight")).shape for node, fqn, _ in chosen}
         context.stats.check_model(shapes)
         for node, fqn, scheme in chosen:
             in_features = shapes[fqn][-1]

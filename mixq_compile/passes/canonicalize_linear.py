@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
+from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.effects import is_region
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.roles import OTHER, ROUTER, role_of
@@ -28,19 +29,26 @@ MIXED_TYPES = "its input, weight and result differ in dtype, as under autocast: 
 
 
 @dataclass(frozen=True)
+class _Attribute:
+    """A tensor of the graph module, by its dotted name."""
+
+    name: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
 class _Linear:
-    """What a matched node computes: `x · weightᵀ + bias`; `swapped`: the parameter is [K, N]."""
+    """What a matched node computes: `x · weightᵀ + bias`; `swapped`: the parameter is [K, N].
+
+    Weight and bias are nodes, or attributes of the module that no node reads yet.
+    """
 
     x: Node
-    weight: Node
-    bias: Node | None
+    weight: Node | _Attribute
+    bias: Node | _Attribute | None
     swapped: bool
     replaces: Node
     """The node whose value the linear is: the product, or the addition of its bias."""
-
-
-def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def _is_parameter(graph: CapturedGraph, node: Any, dims: int) -> bool:
@@ -53,7 +61,8 @@ def _bias_addition(graph: CapturedGraph, product: Node, weight: Tensor, out_feat
     if len(product.users) != 1:
         return None
     (reader,) = product.users
-    if reader.target not in ADDITIONS or len(reader.args) != 2 or reader.kwargs:
+    terms = _terms(reader)
+    if reader.target not in ADDITIONS or terms is None:
         return None
     bias = graph.tensor(_added(reader, product))
     if bias is None or bias.shape != (out_features,) or bias.dtype != weight.dtype:
@@ -61,22 +70,29 @@ def _bias_addition(graph: CapturedGraph, product: Node, weight: Tensor, out_feat
     return reader
 
 
+def _terms(addition: Node) -> tuple[Any, Any] | None:
+    """The terms of `first + second`; None for a call that is given anything else, such as a factor."""
+    return addition.args if len(addition.args) == 2 and not addition.kwargs else None  # type: ignore[return-value]
+
+
 def _added(addition: Node, product: Node) -> Any:
-    return addition.args[1] if addition.args[0] is product else addition.args[0]
+    first, second = _terms(addition) or (None, None)
+    return second if first is product else first
 
 
 def _match_module(graph: CapturedGraph, node: Node) -> _Linear | None:
     module = graph.module.get_submodule(str(node.target))
     if type(module) is not nn.Linear:
         return None
-    with graph.graph.inserting_before(node):
-        weight = graph.attach(f"{node.target}.weight", module.weight)
-        bias = graph.attach(f"{node.target}.bias", module.bias) if module.bias is not None else None
-    return _Linear(node.args[0], weight, bias, False, node)  # type: ignore[arg-type]
+    weight = _Attribute(f"{node.target}.weight", module.weight)
+    bias = _Attribute(f"{node.target}.bias", module.bias) if module.bias is not None else None
+    return _Linear(captured_argument(node, 0, "input"), weight, bias, False, node)
 
 
 def _match_addmm(graph: CapturedGraph, node: Node) -> _Linear | None:
-    bias, x, matrix = (_argument(node, place, name) for place, name in enumerate(("input", "mat1", "mat2")))
+    bias, x, matrix = (
+        captured_argument(node, place, name) for place, name in enumerate(("input", "mat1", "mat2"))
+    )
     scaled = node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1
     weight = graph.weight_parameter(matrix)
     if scaled or weight is None or not _is_parameter(graph, bias, dims=1):
@@ -85,7 +101,7 @@ def _match_addmm(graph: CapturedGraph, node: Node) -> _Linear | None:
 
 
 def _match_product(graph: CapturedGraph, node: Node) -> _Linear | None:
-    x, matrix = _argument(node, 0, "input"), _argument(node, 1, "other")
+    x, matrix = captured_argument(node, 0, "input"), captured_argument(node, 1, "other")
     weight = graph.weight_parameter(matrix)
     tensor = graph.tensor(weight)
     is_activation = isinstance(x, Node) and graph.weight_parameter(x) is None
@@ -104,8 +120,8 @@ def _match(graph: CapturedGraph, node: Node) -> _Linear | None:
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in LINEARS:
-        x, weight = _argument(node, 0, "input"), _argument(node, 1, "weight")
-        return _Linear(x, weight, _argument(node, 2, "bias"), False, node)
+        x, weight = captured_argument(node, 0, "input"), captured_argument(node, 1, "weight")
+        return _Linear(x, weight, captured_argument(node, 2, "bias"), False, node)
     if node.target in ADDMMS:
         return _match_addmm(graph, node)
     if node.target in PRODUCTS:
@@ -118,13 +134,14 @@ def _parameter_behind(graph: CapturedGraph, node: Any) -> Node | None:
     while isinstance(node, Node):
         if graph.tensor(node) is not None:
             return node
-        node = node.args[0] if node.args else None
+        node = captured_argument(node, 0, "input")
     return None
 
 
 def _is_mixed(graph: CapturedGraph, found: _Linear) -> bool:
     """True where the recorded values of input, weight and result have not all one dtype."""
-    values = (graph.value(node) for node in (found.x, found.weight, found.replaces))
+    operands = (found.x, found.weight, found.replaces)
+    values = (each.tensor if isinstance(each, _Attribute) else graph.value(each) for each in operands)
     return len({value.dtype for value in values if isinstance(value, Tensor)}) > 1
 
 
@@ -145,7 +162,7 @@ class CanonicalizeLinear(Pass):
                 continue
             reason = next((text for key, text in UNSUPPORTED.items() if key in str(node.target)), None)
             if reason is not None:
-                parameter = _parameter_behind(graph, node.args[1])
+                parameter = _parameter_behind(graph, captured_argument(node, 1, "mat2"))
                 fqn = graph.parameter_name(parameter) if parameter is not None else graph.fqn(node)
                 yield Decision.skipped(node, reason, fqn=fqn)
                 view = Annotations(node)
@@ -160,7 +177,10 @@ class CanonicalizeLinear(Pass):
                 yield Decision.skipped(node, MIXED_TYPES, fqn=fqn)
                 view = Annotations(node)
                 view.fqn, view.role, view.skip = fqn, role_of(fqn), MIXED_TYPES
-                view.readers = [found.weight.name] if graph.tensor(found.weight) is not None else None
+                # The attribute of a module that stays a call has no node that could be named.
+                parameter = found.weight if isinstance(found.weight, Node) else None
+                if parameter is not None and graph.tensor(parameter) is not None:
+                    view.readers = [parameter.name]
                 continue
             # A router multiplies by a parameter of its own; only a linear module's product is a linear.
             owned = node.op == "call_module" or graph.owner_is_linear(node)
@@ -173,15 +193,23 @@ class CanonicalizeLinear(Pass):
             view.fqn, view.role = fqn, role
 
     def _parameter_owner(self, graph: CapturedGraph, found: _Linear) -> str:
+        if isinstance(found.weight, _Attribute):
+            return found.weight.name.removesuffix(".weight")
         parameter = _parameter_behind(graph, found.weight)
         return "" if parameter is None else graph.parameter_name(parameter).removesuffix(".weight")
 
+    def _node(self, graph: CapturedGraph, operand: Node | _Attribute | None) -> Node | None:
+        if isinstance(operand, _Attribute):
+            return graph.attach(operand.name, operand.tensor)
+        return operand
+
     def _rewrite(self, graph: CapturedGraph, node: Node, found: _Linear) -> Node:
+        weight, bias = (self._node(graph, each) for each in (found.weight, found.bias))
         with graph.graph.inserting_before(found.replaces):
-            weight = found.weight
             if found.swapped:
                 weight = graph.call(aten.t.default, (weight,), like=node)
-            linear = graph.call(aten.linear.default, (found.x, weight, found.bias), like=node)
+            taken = {"input": found.x, "weight": weight, "bias": bias}
+            linear = graph.call(aten.linear.default, taken, like=node)
         graph.replace(found.replaces, linear)
         if found.replaces is not node:
             graph.graph.erase_node(node)

@@ -8,27 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
 from mixq_compile.ir.activation_functions import ACTIVATIONS, activation_function
 from mixq_compile.ir.annotations import Annotations
+from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ops import providers
-from mixq_compile.ops.weight_codes import weight_bits
-from mixq_compile.passes.fuse_gate import why_no_kernel
+from mixq_compile.ops.operands import operand, operands, result, set_operands
+from mixq_compile.passes._kernel_queries import why_only_reference
+from mixq_compile.passes._obstacles import Obstacle, other_readers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
 QUANTIZING = ("gelu", "relu")
 """Functions that `quantized_linear` has."""
 QUANTIZES = (mixq.quantize_online.default, mixq.quantize.default)
-
-
-def _arguments(node: Node) -> tuple[Any, ...]:
-    return tuple(node.args)
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class FuseActivation(Pass):
         """One decision for each activation function of a quantized linear."""
         for node in graph.walk(*ACTIVATIONS):
             activation = activation_function(node)
-            linear = node.args[0]
+            linear = captured_argument(node, 0, "input")
             if (
                 activation is None
                 or not isinstance(linear, Node)
@@ -51,47 +48,45 @@ class FuseActivation(Pass):
                 continue
             quantized = next((user for user in node.users if user.target in QUANTIZES), None)
             fqn = Annotations(linear).fqn
-            if quantized is None or len(linear.users) > 1:
-                read_too = "something else reads the linear's result"
-                yield Decision.skipped(
-                    node, read_too if quantized else "no linear reads it quantized", fqn=fqn
-                )
-            elif (reason := _why_not_quantized(graph, node, linear, quantized, activation)) is None:
+            if quantized is None:
+                yield Decision.skipped(node, "no linear reads it quantized", fqn=fqn)
+            elif (obstacle := other_readers("the linear's result", [linear], {node})) is not None:
+                yield Decision.skipped(node, obstacle.reason, fqn=fqn, details=obstacle.details)
+            elif (obstacle := _why_not_quantized(graph, node, linear, quantized, activation)) is None:
                 what = f"{activation} and the next quantization go into the linear"
                 yield Decision.applied(node, what, fqn=fqn)
                 _fuse_with_quantization(graph, node, linear, quantized, activation)
-            elif why_no_kernel(graph, linear) is None:
-                what = f"{activation} goes into the linear; the quantization stays: {reason}"
-                yield Decision.applied(node, what, fqn=fqn)
+            elif why_only_reference(graph, linear, mixq.activated_linear.default) is None:
+                what = f"{activation} goes into the linear; the quantization stays: {obstacle.reason}"
+                yield Decision.applied(node, what, fqn=fqn, details=obstacle.details)
                 _fuse_alone(graph, node, linear, activation)
             else:
-                yield Decision.skipped(node, reason, fqn=fqn)
+                yield Decision.skipped(node, obstacle.reason, fqn=fqn, details=obstacle.details)
 
 
 def _why_not_quantized(
     graph: CapturedGraph, node: Node, linear: Node, quantized: Node, activation: str
-) -> str | None:
+) -> Obstacle | None:
     """Why the quantization of the function's value stays outside of the linear; None for no reason."""
     readers = [user for user in node.users if user is not quantized]
-    if any(user.target is not mixq.mixed_linear.default or user.args[0] is not node for user in readers):
-        return "something else reads its result"
-    if any(_arguments(user)[-2] for user in (linear, quantized, *readers)):
-        return "calls with few rows need the value itself"
-    _, _, _, outliers, _, weight_codes, *_ = _arguments(linear)
-    value, weight = graph.value(outliers), graph.value(weight_codes)
-    query = providers.KernelQuery("quantized_linear", value.device, value.dtype, weight_bits(weight))
-    chosen, _ = providers.rejections(query)
+    linears = [user for user in readers if user.target is mixq.mixed_linear.default]
+    following = {user for user in linears if operand(user, "x") is node}
+    obstacle = other_readers("its result", [node], {quantized, *following})
+    if obstacle is not None:
+        return obstacle
+    if any(operand(user, "small_m") for user in (linear, quantized, *readers)):
+        return Obstacle("calls with few rows need the value itself")
     learns = quantized.target is mixq.quantize_online.default
-    if chosen is None or chosen.name == "ref" or activation not in QUANTIZING or not learns:
-        return f"no kernel does both on {value.device.type}"
+    reason = why_only_reference(graph, linear, mixq.quantized_linear.default)
+    if reason is not None or activation not in QUANTIZING or not learns:
+        return Obstacle(f"no kernel does both on {graph.value(operand(linear, 'outliers')).device.type}")
     return None
 
 
 def _fuse_alone(graph: CapturedGraph, node: Node, linear: Node, activation: str) -> None:
-    operands, switch = linear.args[:-2], linear.args[-2:]
+    taken = {**operands(linear), "function": activation, "gated": False}
     with graph.graph.inserting_before(linear):
-        arguments = (*operands, activation, False, *switch)
-        fused = graph.call(mixq.activated_linear.default, arguments, like=linear)
+        fused = graph.call(mixq.activated_linear.default, taken, like=linear)
     graph.replace(node, fused)
     graph.graph.erase_node(linear)
 
@@ -99,35 +94,19 @@ def _fuse_alone(graph: CapturedGraph, node: Node, linear: Node, activation: str)
 def _fuse_with_quantization(
     graph: CapturedGraph, node: Node, linear: Node, quantized: Node, activation: str
 ) -> None:
-    _, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, _, _ = _arguments(
-        linear
-    )
-    _, *state, bits, miss, _, kernel = _arguments(quantized)
+    taken = {**operands(linear), "activation": activation}
+    for dropped in ("x", "small_m", "kernel"):
+        del taken[dropped]
+    following = operands(quantized)
+    for dropped in ("x", "small_m"):
+        del following[dropped]
     with graph.graph.inserting_before(quantized):
-        fused = graph.call(
-            mixq.quantized_linear.default,
-            (
-                codes,
-                *state,
-                scale,
-                outliers,
-                count,
-                weight_codes,
-                weight_scale,
-                outlier_weight,
-                bias,
-                activation,
-                bits,
-                miss,
-                kernel,
-            ),
-            like=linear,
-        )
+        fused = graph.call(mixq.quantized_linear.default, {**taken, **following}, like=linear)
     quantized.replace_all_uses_with(fused)
     graph.graph.erase_node(quantized)
-    places = {item.args[1]: item for item in fused.users}
+    outliers = result(fused, "outliers")
     for reader in list(node.users):
         # Without a weight-only path x gives no more than its dtype, which the outliers have too.
-        reader.args = (places[2], *reader.args[1:])
+        set_operands(reader, x=outliers)
     graph.graph.erase_node(node)
     graph.graph.erase_node(linear)

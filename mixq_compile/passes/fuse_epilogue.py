@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ops.operands import operand, operands, producer
+from mixq_compile.ops.traits import traits_of
+from mixq_compile.passes._obstacles import Obstacle, other_readers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 mixq = torch.ops.mixq
-
-
-def _small_m(codes: Any) -> int:
-    """The switch point of the quantize node behind its codes: both must agree."""
-    quantized: Node = codes.args[0]
-    switch_point: Any = quantized.args[-2]
-    return int(switch_point)
+PRODUCTS = ("accumulator", "outlier_product")
+"""What dequantize takes of the product, and the product returns."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +32,35 @@ class FuseEpilogue(Pass):
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each dequantize."""
         for node in graph.walk(mixq.dequantize.default):
-            arguments: tuple[Any, ...] = node.args
-            x, accumulator, outlier_product, scale, weight_scale, bias, kernel = arguments
-            product: Node = accumulator.args[0]
             fqn = Annotations(node).fqn
-            if set(product.users) != {accumulator, outlier_product} or len(accumulator.users) > 1:
-                yield Decision.skipped(node, "something else reads the product", fqn=fqn)
+            found = _operands_of_both(node)
+            if isinstance(found, Obstacle):
+                yield Decision.skipped(node, found.reason, fqn=fqn, details=found.details)
                 continue
             yield Decision.applied(node, "dequantize and bias go into the product's kernel", fqn=fqn)
-            codes, outliers, count, weight_codes, outlier_weight, _ = product.args
+            halves = [operand(node, name) for name in PRODUCTS]
+            product = producer(halves[0])
             with graph.graph.inserting_before(node):
-                fused = graph.call(
-                    mixq.mixed_linear.default,
-                    (
-                        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight,
-                        bias, _small_m(codes), kernel,
-                    ),
-                    like=node,
-                )  # fmt: skip
+                fused = graph.call(mixq.mixed_linear.default, found, like=node)
             graph.replace(node, fused)
-            for dead in (accumulator, outlier_product, product):
+            for dead in (*halves, product):
                 graph.graph.erase_node(dead)
+
+
+def _operands_of_both(node: Node) -> dict[str, object] | Obstacle:
+    """The operands of the `mixed_linear` that a dequantize ends, or why it ends none."""
+    epilogue = operands(node)
+    halves = [epilogue.pop(name) for name in PRODUCTS]
+    product = producer(halves[0])
+    if product is None or product.target is not mixq.mixed_gemm.default:
+        return Obstacle("what it reads is no result of mixed_gemm")
+    if producer(halves[1]) is not product:
+        return Obstacle.of("its operands are results of two products", [product, halves[1]])
+    obstacle = other_readers("the product", [product, *halves], {*halves, node})
+    if obstacle is not None:
+        return obstacle
+    quantized = producer(operand(product, "codes"))
+    traits = traits_of(quantized.target) if quantized is not None else None
+    if quantized is None or traits is None or traits.quantizes is None:
+        return Obstacle("its codes are no result of a quantization, whose switch point it must have")
+    return {**operands(product), **epilogue, "small_m": operand(quantized, "small_m")}

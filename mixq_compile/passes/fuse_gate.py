@@ -13,9 +13,11 @@ from torch.fx import Node
 
 from mixq_compile.ir.activation_functions import ACTIVATIONS, activation_function
 from mixq_compile.ir.annotations import Annotations
+from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ops import providers
-from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.ops.operands import operands, producer
+from mixq_compile.passes._kernel_queries import why_only_reference
+from mixq_compile.passes._obstacles import Obstacle, other_readers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
@@ -32,7 +34,14 @@ class Gate:
     halves: tuple[Node, Node]
     """The gates and the values."""
     activated: Node
+    multiplied: Node
     function: str
+
+    @property
+    def chunks(self) -> tuple[Node, ...]:
+        """The call that cut the product in halves, once; empty where each half is a slice of its own."""
+        found = {producer(half): None for half in self.halves}
+        return tuple(node for node in found if node is not None)
 
 
 @dataclass(frozen=True)
@@ -52,53 +61,45 @@ class FuseGate(Pass):
             if len(multiplications) != 1:
                 continue
             found = gate_of(graph, node, multiplications[0])
-            reason = found if isinstance(found, str) else self._why_not(graph, found)
-            if isinstance(found, str) or reason is not None:
-                yield Decision.skipped(node, str(reason))
+            if isinstance(found, Gate):
+                found = self._why_not(graph, found) or found
+            if isinstance(found, Obstacle):
+                yield Decision.skipped(node, found.reason, details=found.details)
                 continue
             fqn = Annotations(found.product).fqn
             yield Decision.applied(
                 found.product, f"{found.function} of the gates and their product go into the kernel", fqn=fqn
             )
-            _fuse(graph, found, multiplications[0])
+            _fuse(graph, found)
 
-    def _why_not(self, graph: CapturedGraph, gate: Gate) -> str | None:
+    def _why_not(self, graph: CapturedGraph, gate: Gate) -> Obstacle | None:
         if self.when == "never":
-            return "turned off"
-        parts = {*gate.halves, *(half.args[0] for half in gate.halves)}
-        if any(user not in parts for user in gate.product.users):
-            return "something else reads the product"
-        gates, values = gate.halves
-        if len(gates.users) > 1 or len(values.users) > 1 or len(gate.activated.users) > 1:
-            return "something else reads the gates or the values"
-        return None if self.when == "always" else why_no_kernel(graph, gate.product)
+            return Obstacle("turned off")
+        obstacle = other_readers("the product", [gate.product], {*gate.halves, *gate.chunks})
+        if obstacle is not None:
+            return obstacle
+        within = {gate.activated, gate.multiplied}
+        obstacle = other_readers("the gates or the values", [*gate.halves, gate.activated], within)
+        if obstacle is not None or self.when == "always":
+            return obstacle
+        reason = why_only_reference(graph, gate.product, mixq.activated_linear.default)
+        return Obstacle(reason) if reason is not None else None
 
 
-def why_no_kernel(graph: CapturedGraph, product: Node) -> str | None:
-    """Why no kernel has an activation function in the epilogue of a `mixed_linear`; None where one has."""
-    x, weight = graph.value(product.args[0]), graph.value(product.args[5])
-    query = providers.KernelQuery("activated_linear", x.device, x.dtype, weight_bits(weight))
-    chosen, refused = providers.rejections(query)
-    if chosen is not None and chosen.name != "ref":
-        return None
-    reasons = "".join(f" ({name}: {reason})" for name, reason in refused.items())
-    return f"no kernel does both on {x.device.type}{reasons}"
-
-
-def gate_of(graph: CapturedGraph, activated: Node, multiplied: Node) -> Gate | str:
+def gate_of(graph: CapturedGraph, activated: Node, multiplied: Node) -> Gate | Obstacle:
     """The gated product that a multiplication ends, or why it is none."""
     function = activation_function(activated)
-    operands = list(multiplied.args[:2])
-    if function is None or activated not in operands:
-        return "an activation function that no kernel has"
-    operands.remove(activated)
-    gates, values = activated.args[0], operands[0] if operands else None
+    factors = [captured_argument(multiplied, place, name) for place, name in enumerate(("input", "other"))]
+    if function is None or activated not in factors:
+        return Obstacle("an activation function that no kernel has")
+    factors.remove(activated)
+    gates, values = captured_argument(activated, 0, "input"), factors[0]
     halves = _half_of(graph, gates), _half_of(graph, values)
     if halves[0] is None or halves[1] is None or halves[0][0] is not halves[1][0]:
-        return "gates and values are not the halves of one product"
+        return Obstacle("gates and values are not the halves of one product")
     if (halves[0][1], halves[1][1]) != (0, 1):
-        return "the gates are not the first half of the product"
-    return Gate(halves[0][0], (gates, values), activated, function)  # type: ignore[arg-type]
+        return Obstacle("the gates are not the first half of the product")
+    return Gate(halves[0][0], (gates, values), activated, multiplied, function)
 
 
 def _half_of(graph: CapturedGraph, node: Any) -> tuple[Node, int] | None:
@@ -106,25 +107,24 @@ def _half_of(graph: CapturedGraph, node: Any) -> tuple[Node, int] | None:
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
         return None
     if node.target is operator.getitem:
-        chunked, place = node.args
-        if not isinstance(chunked, Node) or chunked.target not in CHUNK or len(chunked.users) != 2:
+        chunked, place = producer(node), captured_argument(node, 1, "index")
+        if chunked is None or chunked.target not in CHUNK or len(chunked.users) != 2:
             return None
-        product, parts, *dimension = chunked.args
-        dimension = dimension or [chunked.kwargs.get("dim", 0)]
-        whole = _product(graph, product)
-        if whole is None or parts != 2 or dimension[0] not in (-1, whole.dim() - 1):
+        product, parts = captured_argument(chunked, 0, "input"), captured_argument(chunked, 1, "chunks")
+        dimension, whole = captured_argument(chunked, 2, "dim", 0), _product(graph, product)
+        if whole is None or parts != 2 or dimension not in (-1, whole.dim() - 1):
             return None
-        return product, int(place)  # type: ignore[arg-type,return-value]
+        return product, int(place)
     if node.target is not aten.slice.Tensor:
         return None
-    source, axis, *bounds = node.args[:4]
-    whole = _product(graph, source)
-    if whole is None or axis not in (-1, whole.dim() - 1):
+    cut = operands(node)
+    whole = _product(graph, cut["self"])
+    if whole is None or cut["dim"] not in (-1, whole.dim() - 1) or cut["step"] != 1:
         return None
     width = int(whole.shape[-1])
     places: dict[Any, int] = {(0, width // 2): 0, (width // 2, width): 1}
-    place = places.get(tuple(bounds)) if width % 2 == 0 else None
-    return None if place is None else (source, place)  # type: ignore[return-value]
+    half = places.get((cut["start"], cut["end"])) if width % 2 == 0 else None
+    return None if half is None else (cut["self"], half)
 
 
 def _product(graph: CapturedGraph, node: Any) -> Tensor | None:
@@ -133,13 +133,11 @@ def _product(graph: CapturedGraph, node: Any) -> Tensor | None:
     return graph.value(node) if is_product else None
 
 
-def _fuse(graph: CapturedGraph, gate: Gate, multiplied: Node) -> None:
-    operands, switch = gate.product.args[:-2], gate.product.args[-2:]
+def _fuse(graph: CapturedGraph, gate: Gate) -> None:
+    taken = {**operands(gate.product), "function": gate.function, "gated": True}
     with graph.graph.inserting_before(gate.product):
-        arguments = (*operands, gate.function, True, *switch)
-        fused = graph.call(mixq.activated_linear.default, arguments, like=gate.product)
-    graph.replace(multiplied, fused)
+        fused = graph.call(mixq.activated_linear.default, taken, like=gate.product)
+    graph.replace(gate.multiplied, fused)
     graph.graph.erase_node(gate.activated)
-    chunks = {half.args[0]: None for half in gate.halves if half.target is operator.getitem}
-    for node in (*gate.halves, *chunks, gate.product):
-        graph.graph.erase_node(node)  # type: ignore[arg-type]
+    for node in (*gate.halves, *gate.chunks, gate.product):
+        graph.graph.erase_node(node)

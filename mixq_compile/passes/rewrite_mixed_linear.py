@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from mixq_compile.errors import PipelineError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
+from mixq_compile.ops.operands import operand, operands
 from mixq_compile.ops.outlier_state import STATE_FIELDS
-from mixq_compile.passes._mixed_linear import MixedLinear
+from mixq_compile.passes._mixed_linear import MixedLinear, write_weight_only
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
 
-mixq = torch.ops.mixq
+COMPUTED = "its weight is computed, not a parameter: only parameters can be packed"
+NO_STORE = (
+    "rewrite-mixed-linear packs weights, and this run has no store for them: give PassContext a `weights`."
+)
 
 
 @dataclass(frozen=True)
@@ -39,56 +44,81 @@ class RewriteMixedLinear(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear that has a scheme."""
-        chosen = self._chosen(graph)
-        context.weights.prepare([(weight, scheme) for weight, scheme in chosen.values()], self.originals)
-        for node, (_, scheme) in chosen.items():
+        chosen: dict[Node, _Quantizable] = {}
+        for node in self._with_scheme(graph):
+            linear = _Quantizable.of(graph, node)
+            if linear is None:
+                yield Decision.skipped(node, COMPUTED, fqn=Annotations(node).fqn)
+                Annotations(node).skip = COMPUTED
+            else:
+                chosen[node] = linear
+        if chosen and context.weights is None:
+            raise PipelineError(NO_STORE)
+        if chosen:
+            context.weights.prepare([(each.weight, each.scheme) for each in chosen.values()], self.originals)
+        for node, linear in chosen.items():
             graph.current = node
-            view = Annotations(node)
+            view, scheme = Annotations(node), linear.scheme
             small_m = self._small_m(graph, node, scheme)
-            fixed, _ = row_count(graph.value(node.args[0]))
+            fixed, _ = row_count(graph.value(operand(node, "input")))
             weight_only = scheme.activation is None or (fixed is not None and fixed <= small_m)
             kind = "weight-only product" if weight_only else "quantize, mixed_gemm, dequantize"
             yield Decision.applied(node, f"{scheme.name}: {kind}", fqn=view.fqn)
-            rewriter = _Rewriter(graph, context, node, scheme, self.originals)
+            rewriter = _Rewriter(graph, context, node, linear, self.originals)
             with graph.graph.inserting_before(node):
                 result = rewriter.weight_only() if weight_only else rewriter.mixed(small_m)
             graph.replace(node, result)
 
-    def _chosen(self, graph: CapturedGraph) -> dict[Node, tuple[Tensor, QuantScheme]]:
-        """The linears that have a scheme, with their parameters."""
-        found = {}
-        for node in graph.graph.nodes:
-            parameters = Annotations(node).parameters
-            if node.target is torch.ops.aten.linear.default and parameters is not None:
-                weight = graph.tensor(graph.weight_parameter(node.args[1]))
-                assert weight is not None
-                found[node] = weight, QuantScheme.from_json(parameters)
-        return found
+    def _with_scheme(self, graph: CapturedGraph) -> list[Node]:
+        """The linears that have a scheme and were not left alone."""
+        linears = graph.walk(torch.ops.aten.linear.default)
+        views = {node: Annotations(node) for node in linears}
+        return [node for node, view in views.items() if view.parameters is not None and view.skip is None]
 
     def _small_m(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> int:
         if self.batch_invariant or scheme.activation is None:
             return 0
-        x, weight = graph.value(node.args[0]), graph.value(node.args[1])
+        x, weight = graph.value(operand(node, "input")), graph.value(operand(node, "weight"))
         out_features, in_features = weight.shape
         query = providers.linear_query(x, out_features, in_features, scheme.weight.bits)
         return providers.small_batch_limit(query, self.kernel)
+
+
+@dataclass(frozen=True)
+class _Quantizable:
+    """A linear's parameter and the scheme that it is packed in."""
+
+    parameter: Node
+    weight: Tensor
+    scheme: QuantScheme
+
+    @classmethod
+    def of(cls, graph: CapturedGraph, node: Node) -> _Quantizable | None:
+        """The parameter behind a linear that has a scheme; None where its weight is computed."""
+        parameter, parameters = graph.weight_parameter(operand(node, "weight")), Annotations(node).parameters
+        tensor = graph.tensor(parameter)
+        if parameter is None or tensor is None or parameters is None:
+            return None
+        return cls(parameter, tensor, QuantScheme.from_json(parameters))
 
 
 class _Rewriter:
     """Builds the nodes that stand for one linear."""
 
     def __init__(
-        self, graph: CapturedGraph, context: PassContext, node: Node, scheme: QuantScheme, originals: bool
+        self,
+        graph: CapturedGraph,
+        context: PassContext,
+        node: Node,
+        linear: _Quantizable,
+        originals: bool,
     ) -> None:
+        parameter, tensor, scheme = linear.parameter, linear.weight, linear.scheme
         self.graph, self.context, self.node, self.scheme = graph, context, node, scheme
         self.view = Annotations(node)
-        self.x, self.weight_matrix, *rest = node.args
-        self.bias: Any = rest[0] if rest else None
-        parameter = graph.weight_parameter(self.weight_matrix)
-        tensor = graph.tensor(parameter)
-        assert parameter is not None
-        assert tensor is not None
-        self.tensor: Tensor = tensor
+        given = operands(node)
+        self.x, self.weight_matrix, self.bias = given["input"], given["weight"], given["bias"]
+        self.tensor = tensor
         self.view.readers = [parameter.name]
         self.packed = context.weights.pack(
             tensor,
@@ -102,41 +132,44 @@ class _Rewriter:
     def _attach(self, what: str, tensor: Tensor) -> Node:
         return self.graph.attach(f"{self.stem}.{what}", tensor)
 
-    def _call(self, operator: Any, *arguments: Any) -> Node:
-        return self.graph.call(operator, arguments, like=self.node)
+    def _write(self, operator: Any, named: Mapping[str, Any]) -> Node:
+        return self.graph.call(operator, named, like=self.node)
+
+    def _codes(self) -> dict[str, Node | None]:
+        return {
+            "x": self.x,
+            "weight_codes": self._attach("codes", self.packed.weight_codes),
+            "weight_scale": self._attach("scale", self.packed.weight_scale),
+            "bias": self.bias,
+        }
 
     def weight_only(self) -> Node:
-        codes = self._attach("codes", self.packed.weight_codes)
-        scale = self._attach("scale", self.packed.weight_scale)
-        return self._call(mixq.weight_only_linear.default, self.x, codes, scale, self.bias, providers.AUTO)
+        return write_weight_only(self._codes(), self._write)
 
     def mixed(self, small_m: int) -> Node:
         packed, scheme, view = self.packed, self.scheme, self.view
-        assert scheme.activation is not None
-        assert view.parameters is not None
+        assert scheme.activation is not None  # else it is weight-only
         in_features = self.graph.value(self.weight_matrix).shape[1]
         state = self.context.weights.state(
             [self.tensor], scheme, in_features, view.outlier_columns, view.absmax
         )
         self.context.weights.fill(packed, self.tensor, state)
         buffers = zip(STATE_FIELDS, state.buffers(), strict=True)
+        given = self._codes()
+        given |= {name: self._attach(name, buffer) for name, buffer in buffers}
+        given["cached_index"] = self._attach("cached_index", packed.cached_index)
+        given["outlier_weight"] = self._attach("outlier_weight", packed.outlier_weight)
+        given["original"] = self._original()
         parts = MixedLinear(
-            x=self.x,  # type: ignore[arg-type]
-            weight_codes=self._attach("codes", packed.weight_codes),
-            weight_scale=self._attach("scale", packed.weight_scale),
-            bias=self.bias,
-            state=tuple(self._attach(name, buffer) for name, buffer in buffers),
-            cached_index=self._attach("cached_index", packed.cached_index),
-            outlier_weight=self._attach("outlier_weight", packed.outlier_weight),
-            original=self._original(),
+            operands=given,
             bits=scheme.activation.bits,
-            policy=view.parameters["outliers"],
+            policy=scheme.to_json()["outliers"],
             columns=view.outlier_columns,
             small_m=small_m,
         )
-        return parts.write(self.graph, self._call)
+        return parts.write(self.graph, self._write)
 
     def _original(self) -> Node:
         if self.originals:
-            return self.weight_matrix  # type: ignore[return-value]
+            return cast(Node, self.weight_matrix)
         return self._attach("no_original", self.packed.outlier_weight.new_empty(0))

@@ -18,6 +18,7 @@ from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.roles import LM_HEAD, OTHER, ROUTER
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
+from mixq_compile.ops.operands import operand
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.schemes.registry import get_scheme
@@ -127,7 +128,7 @@ class SelectScheme(Pass):
             view = Annotations(node)
             fqn = view.fqn or ""
             scheme = self.scheme_for(fqn, view.role or OTHER)
-            weight = graph.tensor(graph.weight_parameter(node.args[1]))
+            weight = graph.tensor(graph.weight_parameter(operand(node, "weight")))
             released = (
                 weight is not None and context.weights is not None and context.weights.is_released(weight)
             )
@@ -157,7 +158,7 @@ class SelectScheme(Pass):
         reason = ineligible(view.fqn or "", view.role or OTHER, weight, self.ignore)
         if reason is None and id(weight) in embedded:
             reason = "its weight is tied to an embedding"
-        x = graph.value(node.args[0])
+        x = graph.value(operand(node, "input"))
         if reason is None and x.dtype not in FLOATS:
             reason = f"its input is {x.dtype}, not a floating-point type that has kernels"
         return reason
@@ -167,22 +168,22 @@ class SelectScheme(Pass):
         found: dict[tuple[Node, QuantScheme], list[Node]] = defaultdict(list)
         for node in graph.walk(torch.ops.aten.linear.default):
             view = Annotations(node)
-            weight = graph.tensor(graph.weight_parameter(node.args[1]))
+            weight = graph.tensor(graph.weight_parameter(operand(node, "weight")))
             if self._ineligible(graph, node, weight, embedded) is None:
                 scheme = self.scheme_for(view.fqn or "", view.role or OTHER)
-                found[node.args[0], scheme].append(node)  # type: ignore[index]
+                found[operand(node, "input"), scheme].append(node)
         return {node: nodes for nodes in found.values() for node in nodes}
 
     def _not_faster(
         self, graph: CapturedGraph, node: Node, scheme: QuantScheme, siblings: list[Node]
     ) -> str | None:
-        x = graph.value(node.args[0])
+        x = graph.value(operand(node, "input"))
         fixed, traced = row_count(x)
         rows = [fixed] if fixed is not None else sorted({traced or LARGE_BATCH, LARGE_BATCH})
 
         def query_of(nodes: Sequence[Node]) -> providers.KernelQuery:
-            out_features = sum(graph.value(each.args[1]).shape[0] for each in nodes)
-            in_features = graph.value(node.args[1]).shape[1]
+            out_features = sum(graph.value(operand(each, "weight")).shape[0] for each in nodes)
+            in_features = graph.value(operand(node, "weight")).shape[1]
             weight_only = scheme.activation is None
             return providers.linear_query(x, out_features, in_features, scheme.weight.bits, weight_only)
 

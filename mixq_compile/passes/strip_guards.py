@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
+from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 DETACHES = (torch.ops.aten.detach.default, torch.Tensor.detach, torch.detach, "detach")
-DROPOUTS = (torch.nn.functional.dropout, torch.ops.aten.dropout.default)
+ATEN_DROPOUT = torch.ops.aten.dropout.default
+DROPOUTS = (torch.nn.functional.dropout, ATEN_DROPOUT)
 ASSERTIONS = (
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_async.default,
@@ -25,8 +27,8 @@ def _is_idle_dropout(node: Node) -> bool:
     """True for a dropout that passes its input through because it is not training, or drops nothing."""
     if node.target not in DROPOUTS:
         return False
-    probability: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-    training: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+    probability = captured_argument(node, 1, "p", 0.5)
+    training = captured_argument(node, 2, "train" if node.target is ATEN_DROPOUT else "training", True)
     return training is False or (isinstance(probability, (int, float)) and probability == 0)
 
 
@@ -49,7 +51,7 @@ class StripGuards(Pass):
             elif node.op in ("call_function", "call_method") and (
                 node.target in DETACHES or _is_idle_dropout(node)
             ):
-                source = node.args[0]
+                source = captured_argument(node, 0, "input")
                 assert isinstance(source, Node)
                 yield Decision.applied(node, "no effect at inference: erased")
                 node.replace_all_uses_with(source)

@@ -10,46 +10,50 @@ from torch import Tensor
 from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
+from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import hint_of
+from mixq_compile.ops.operands import operand, operands, producer
 from mixq_compile.ops.outlier_state import OutlierState
+from mixq_compile.ops.traits import traits_of
 from mixq_compile.runtime.compilation import LinearRecord
 from mixq_compile.runtime.weight_store import STORE
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
-PRODUCTS = {
-    mixq.mixed_linear.default: 1,
-    mixq.activated_linear.default: 1,
-    mixq.quantized_linear.default: 0,
-    mixq.mixed_gemm.default: 0,
-    mixq.weight_only_linear.default: None,
-}
-"""Where a product takes its codes; None where it takes none."""
+
+
+def _is_product(node: Node) -> bool:
+    traits = traits_of(node.target)
+    return traits is not None and traits.product
 
 
 def _quantization_of(product: Node) -> Node | None:
-    """The quantize node behind a product; None for a weight-only one."""
-    place = PRODUCTS[product.target]  # type: ignore[index]
-    codes: Any = product.args[place] if place is not None else None
-    return None if codes is None else codes.args[0]
+    """The node that makes a product's codes; None for a weight-only one."""
+    return producer(operands(product).get("codes"))
 
 
 def _state_of(graph: CapturedGraph, quantized: Node, weight: Tensor) -> OutlierState | None:
-    index = graph.tensor(quantized.args[1])
+    index = graph.tensor(operand(quantized, "index"))
     return next((state for state in STORE.states([weight]) if state.index is index), None)
 
 
 def _outlier_source(graph: CapturedGraph, product: Node, quantized: Node) -> str | None:
     """Where a product's outlier weights come from; None where it has no outlier slots."""
-    codes: Any = product.args[PRODUCTS[product.target]]  # type: ignore[index]
+    codes: Node = operand(product, "codes")
     refresh = next(
         (user for user in codes.users if user.target is mixq.refresh_outlier_weights.default), None
     )
     if refresh is None:
         return None
-    originals: Any = refresh.args[7]
-    kept = all(graph.value(node).numel() for node in originals)
+    kept = all(graph.value(node).numel() for node in operand(refresh, "original"))
     return "original" if kept or quantized.target is mixq.quantize.default else "codes"
+
+
+def _weight_of(node: Node) -> Any:
+    """The weight of a linear that stayed as it was, in whatever spelling it was captured."""
+    if node.target is aten.linear.default:
+        return operand(node, "weight")
+    return captured_argument(node, 1, "weight")
 
 
 def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[int, int]:
@@ -58,13 +62,17 @@ def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[
     if weight is not None and codes:
         rows, columns = weight.shape
         return (columns, rows) if codes[0].transposed else (rows, columns)
-    matrix = graph.value(node.args[1]) if weight is None or node.target is aten.linear.default else weight
+    matrix = weight
+    if weight is None or node.target is aten.linear.default:
+        matrix = graph.value(_weight_of(node))
+    if not isinstance(matrix, Tensor):
+        return 0, 0
     return hint_of(matrix.shape[-2]) or 0, hint_of(matrix.shape[-1]) or 0
 
 
 def _members(node: Node) -> list[dict[str, Any]]:
     """The annotations of each linear that a product of quantized ones stands for; empty for other nodes."""
-    if node.target not in PRODUCTS:
+    if not _is_product(node):
         return []
     view = Annotations(node)
     return [member for member in view.members or [view.to_json()] if member.get("readers") is not None]
@@ -80,7 +88,7 @@ def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
             weight = graph.tensor(nodes[member["readers"][0]])
             found.append(_record(graph, node, member, weight, view.kernel))
         if node.target is aten.linear.default:
-            weight = graph.tensor(graph.weight_parameter(node.args[1]))
+            weight = graph.tensor(graph.weight_parameter(_weight_of(node)))
             found.append(_record(graph, node, view.to_json(), weight, view.kernel))
         elif view.skip is not None:
             found.append(_record(graph, node, view.to_json(), None, view.kernel))
@@ -91,7 +99,7 @@ def _record(
     graph: CapturedGraph, node: Node, linear: dict[str, Any], weight: Tensor | None, kernel: str | None
 ) -> LinearRecord:
     """What became of one linear, from its annotations and the node that computes it."""
-    quantized = node.target in PRODUCTS
+    quantized = _is_product(node)
     features = _features(graph, node, weight)
     quantization = _quantization_of(node) if quantized else None
     state = (

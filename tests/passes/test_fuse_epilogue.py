@@ -6,10 +6,11 @@ import pytest
 import torch
 from captures import ROUTES
 from linear_models import FEATURES, captured, rows
-from rewriting import FUSED, MIXED, call, mixq_calls, nodes_of, reasons, run, sqnr
+from rewriting import FUSED, MIXED, call, decisions, mixq_calls, nodes_of, reasons, run, sqnr
 from torch import nn
 
 from mixq_compile.ir.annotations import Annotations
+from mixq_compile.ops.operands import operand, set_operands
 
 
 def model(bias: bool = True) -> nn.Module:
@@ -43,23 +44,38 @@ def test_the_input_and_the_switch_point_come_along() -> None:
     graph = captured(model(), "dynamo")
     run(graph, MIXED)
     (quantized,) = nodes_of(graph, "quantize_online")
-    quantized.args = (*quantized.args[:-2], 5, quantized.args[-1])
-    x = quantized.args[0]
+    set_operands(quantized, small_m=5)
+    x = operand(quantized, "x")
     run(graph, FUSED)
     (fused,) = nodes_of(graph, "mixed_linear")
-    assert fused.args[0] is x
-    assert fused.args[-2] == 5
+    assert operand(fused, "x") is x
+    assert operand(fused, "small_m") == 5
     assert Annotations(fused).fqn == "0"
 
 
-def test_a_product_that_something_else_reads_stays() -> None:
+@pytest.mark.parametrize("half", ["accumulator", "outlier_product"])
+def test_a_product_that_something_else_reads_stays_and_names_the_reader(half: str) -> None:
     graph = captured(model(), "dynamo")
     run(graph, MIXED)
     (dequantized,) = nodes_of(graph, "dequantize")
-    accumulator = dequantized.args[1]
     with graph.graph.inserting_after(dequantized):
-        total = graph.call(torch.sum, (accumulator,))
+        total = graph.call(torch.sum, (operand(dequantized, half),))
     graph.graph.output_node().args = ((dequantized, total),)
     history = run(graph, FUSED)
-    assert reasons(history, "fuse-epilogue") == {"0": "skipped: something else reads the product"}
+    reason = f"something else reads the product: {total.name}"
+    assert reasons(history, "fuse-epilogue") == {"0": f"skipped: {reason}"}
+    (decision,) = decisions(history, "fuse-epilogue")
+    assert decision.details == {"blamed": [total.name]}
     assert "mixed_linear" not in mixq_calls(graph)
+
+
+def test_a_dequantize_of_something_else_stays() -> None:
+    graph = captured(model(), "dynamo")
+    run(graph, MIXED)
+    (dequantized,) = nodes_of(graph, "dequantize")
+    accumulator = operand(dequantized, "accumulator")
+    with graph.graph.inserting_before(dequantized):
+        doubled = graph.call(torch.ops.aten.mul.Tensor, (accumulator, 2))
+    set_operands(dequantized, accumulator=doubled)
+    history = run(graph, FUSED)
+    assert reasons(history, "fuse-epilogue") == {"0": "skipped: what it reads is no result of mixed_gemm"}

@@ -124,8 +124,8 @@ def test_what_others_read_stays() -> None:
         activated = silu(gate)
         return activated * up + activated
 
-    assert reason(leaks_values) == "something else reads the gates or the values"
-    assert reason(leaks_gates) == "something else reads the gates or the values"
+    assert reason(leaks_values).startswith("something else reads the gates or the values: add")
+    assert reason(leaks_gates).startswith("something else reads the gates or the values: add")
 
 
 def test_what_is_no_gate_stays() -> None:

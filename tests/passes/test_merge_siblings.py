@@ -16,6 +16,8 @@ import mixq_compile as mixq
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
+from mixq_compile.ops.operands import listed_operands, operand
+from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.pipeline import Fuel
 from mixq_compile.runtime.weight_store import STORE, WeightStore
 
@@ -90,9 +92,11 @@ def test_the_result_and_the_state_are_the_same_bits(case: str, route: str, dynam
     assert len(nodes_of(merged, "mixed_linear")) < len(nodes_of(apart, "mixed_linear"))
     for turn in range(2):
         assert torch.equal(call(apart, x), call(merged, x)), f"call {turn}"
-    states = [nodes_of(graph, "quantize_online")[0].args[1:6] for graph in (apart, merged)]
-    for one, other in zip(*states, strict=True):
-        assert torch.equal(apart.tensor(one), merged.tensor(other))
+    for name in STATE_FIELDS:
+        one, other = (
+            graph.tensor(operand(nodes_of(graph, "quantize_online")[0], name)) for graph in (apart, merged)
+        )
+        assert torch.equal(one, other), f"{name} differs"
     assert sqnr(model(x), call(merged, x)) > 30
 
 
@@ -120,9 +124,11 @@ def test_what_is_said_about_it() -> None:
 def test_each_linear_keeps_its_own_list_of_columns() -> None:
     graph = rewritten(Attention(), "dynamo", MERGED)
     refresh = nodes_of(graph, "refresh_outlier_weights")[0]
-    cached, held, codes, scale, original = refresh.args[3:8]
-    assert [len(items) for items in (cached, held, codes, scale, original)] == [3, 1, 3, 3, 3]
+    assert {name: len(items) for name, items in listed_operands(refresh).items()} == {
+        "cached_index": 3, "outlier_weight": 1, "weight_codes": 3, "weight_scale": 3, "original": 3,
+    }  # fmt: skip
     call(graph, rows(6, columns=(3, 40)))
+    cached = operand(refresh, "cached_index")
     assert all(graph.tensor(node)[:3].tolist() == [3, 40, -1] for node in cached)
 
 
@@ -133,7 +139,7 @@ def test_no_second_copy_of_the_weights_is_kept() -> None:
     weights = [model.k_proj.weight, model.v_proj.weight, model.q_proj.weight]
     (codes,) = {store.codes(weight)[0].weight_codes.untyped_storage().data_ptr() for weight in weights}
     merged = nodes_of(graph, "mixed_linear")[0]
-    whole = graph.tensor(merged.args[5])
+    whole = graph.tensor(operand(merged, "weight_codes"))
     assert whole.data_ptr() == codes
     assert whole.untyped_storage().nbytes() == (64 + 32 + 32) * FEATURES
     names = [name for name, _ in graph.module.named_buffers()]
@@ -144,7 +150,10 @@ def test_a_recompilation_finds_the_joint_weight() -> None:
     model, store = Attention(), WeightStore()
     graphs = [rewritten(model, "dynamo", MERGED, weights=store, shape=shape) for shape in ((6,), (2, 9))]
     first, second = (
-        [graph.tensor(node).data_ptr() for node in nodes_of(graph, "mixed_linear")[0].args[5:8]]
+        [
+            graph.tensor(operand(nodes_of(graph, "mixed_linear")[0], name)).data_ptr()
+            for name in ("weight_codes", "weight_scale", "outlier_weight")
+        ]
         for graph in graphs
     )
     assert first == second
@@ -159,8 +168,8 @@ def test_a_graph_that_keeps_them_apart_reads_rows_of_the_joint_weight() -> None:
     merged = rewritten(model, "dynamo", MERGED, weights=store)
     after = rewritten(model, "dynamo", APART, weights=store)
     assert all(torch.equal(expected, call(graph, x)) for graph in (before, merged, after))
-    whole = merged.tensor(nodes_of(merged, "mixed_linear")[0].args[7])
-    part = before.tensor(nodes_of(before, "mixed_linear")[2].args[7])
+    whole = merged.tensor(operand(nodes_of(merged, "mixed_linear")[0], "outlier_weight"))
+    part = before.tensor(operand(nodes_of(before, "mixed_linear")[2], "outlier_weight"))
     assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
     wide = rows(6, columns=(3, 40))
     expected = call(before, wide)
@@ -285,18 +294,18 @@ def test_a_value_that_is_written_in_between() -> None:
         return first * other(y)
 
     text = MERGED.replace("{force=true}", "{force=true default=w8a16}")
-    assert skipped(read, text=text) == "the value is changed in place between the products"
+    assert skipped(read, text=text) == "the value is changed in place between the products: mul_"
 
 
 def test_a_weight_that_reads_the_value_twice() -> None:
     assert skipped(lambda x, one, other: one(x) * other(x) * one(x)) == (
-        "one of the linears reads the value twice"
+        "one of the linears reads the value twice: mixed_linear_default_2"
     )
 
 
 def test_a_weight_that_reads_another_value_too() -> None:
     assert skipped(lambda x, one, other: one(x) * other(x) * one(x * 0.5)) == (
-        "one of the weights is also read without its siblings"
+        "one of the weights is also read without its siblings: mixed_linear_default_2"
     )
 
 
@@ -316,7 +325,7 @@ def test_a_layer_shared_by_depth_is_merged_in_every_round() -> None:
     graph = rewritten(model, "dynamo", MERGED)
     assert mixq_calls(graph).count("mixed_linear") == 6
     assert len([d for d in decisions(graph.history, "merge-siblings") if d.verdict == "applied"]) == 1
-    wholes = {node.args[5] for node in nodes_of(graph, "mixed_linear")}
+    wholes = {operand(node, "weight_codes") for node in nodes_of(graph, "mixed_linear")}
     assert len(wholes) == 2, "a round has a weight of its own"
     x = rows(6)
     assert sqnr(model(x), call(graph, x)) > 30
@@ -341,7 +350,9 @@ def test_two_families_may_share_one_quantization() -> None:
     graph = rewritten(model, "dynamo", text, weights=WeightStore())
     assert [mixq_calls(graph).count(name) for name in ("quantize_online", "mixed_linear")] == [1, 2]
     (refresh,) = nodes_of(graph, "refresh_outlier_weights")
-    assert [len(items) for items in refresh.args[3:8]] == [4, 2, 4, 4, 4]
+    assert {name: len(items) for name, items in listed_operands(refresh).items()} == {
+        "cached_index": 4, "outlier_weight": 2, "weight_codes": 4, "weight_scale": 4, "original": 4,
+    }  # fmt: skip
     apart = rewritten(model, "dynamo", text.replace("when=always", "when=never"), weights=WeightStore())
     x = rows(6, columns=(3, 40))
     assert torch.equal(call(apart, x), call(graph, x))
@@ -417,7 +428,7 @@ def test_modules_that_were_swapped(route: str, biases: tuple[bool, ...]) -> None
     graph, apart = swapped(model, route), swapped(other, route, "never")
     (merged,) = nodes_of(graph, "mixed_linear")
     if all(biases):
-        assert merged.args[8].op == "get_attr", "biases are put together in every call"
+        assert operand(merged, "bias").op == "get_attr", "biases are put together in every call"
     after = model.state_dict()
     assert list(before) == list(after)
     for name, tensor in before.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
+from mixq_compile.ops.operands import operand, producer
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import Provider
 from mixq_compile.runtime.weight_store import WeightStore
@@ -63,17 +64,17 @@ def test_outlier_columns_of_the_input_are_found_while_running() -> None:
     (quantized,) = nodes_of(graph, "quantize_online")
     x = rows(6, columns=(3, 40))
     call(graph, x)
-    counters, index = (graph.tensor(quantized.args[place]) for place in (4, 1))
+    counters, index = (graph.tensor(operand(quantized, name)) for name in ("counters", "index"))
     assert index[: counters[0]].tolist() == [3, 40]
 
 
-def test_node_arguments_are_the_states_buffers_in_order() -> None:
+def test_a_quantization_takes_the_states_buffers() -> None:
     graph, model = linear_graph("dynamo")
     store = WeightStore()
     run(graph, MIXED, weights=store)
     (quantized,) = nodes_of(graph, "quantize_online")
     (state,) = store.states([model[0].weight])
-    given = [graph.tensor(node) for node in quantized.args[1 : 1 + len(STATE_FIELDS)]]
+    given = [graph.tensor(operand(quantized, name)) for name in STATE_FIELDS]
     assert all(mine is theirs for mine, theirs in zip(given, state.buffers(), strict=True))
 
 
@@ -84,7 +85,7 @@ def test_the_source_of_outlier_weights(originals: bool, expected: str) -> None:
     graph, model = linear_graph("dynamo")
     run(graph, f"{CHOSEN},rewrite-mixed-linear{{kernel=ref originals={str(originals).lower()}}}")
     (refresh,) = nodes_of(graph, "refresh_outlier_weights")
-    (original,) = refresh.args[7]
+    (original,) = operand(refresh, "original")
     assert graph.tensor(original) is model[0].weight if originals else graph.value(original).numel() == 0
     assert sqnr(model(rows(6, columns=(3,))), call(graph, rows(6, columns=(3,)))) > 30
 
@@ -113,10 +114,8 @@ def test_fixed_policies_with_calibration_learn_nothing(miss: str) -> None:
         ",rewrite", ",annotate-outliers,rewrite"), stats=stats, weights=store)  # fmt: skip
     call(graph, rows(6, columns=(3, 20)))
     (product, *_) = nodes_of(graph, "mixed_linear")
-    quantized = product.args[1].args[0]
-    (state,) = (
-        s for s in store.states([model.attn.k_proj.weight]) if s.index is graph.tensor(quantized.args[1])
-    )
+    index = graph.tensor(operand(producer(operand(product, "codes")), "index"))
+    (state,) = (s for s in store.states([model.attn.k_proj.weight]) if s.index is index)
     assert state.columns() == ([3, 20] if miss == "exact" else [3])
 
 
@@ -151,19 +150,20 @@ class TestSmallBatches:
         (quantized,) = nodes_of(graph, "quantize_online")
         (product,) = nodes_of(graph, "mixed_linear")
         (refresh,) = nodes_of(graph, "refresh_outlier_weights")
-        assert quantized.args[-2] == product.args[-2] == refresh.args[-2] == 16
+        assert [operand(node, "small_m") for node in (quantized, product, refresh)] == [16, 16, 16]
+        counters = graph.tensor(operand(quantized, "counters"))
         few, many = rows(6, columns=(3,)), rows(30, columns=(3,))
         assert sqnr(model(few), call(graph, few)) > 40
-        assert int(graph.tensor(quantized.args[4])[0]) == 0, "a call of few rows learned a column"
+        assert int(counters[0]) == 0, "a call of few rows learned a column"
         assert sqnr(model(many), call(graph, many)) > 35
-        assert int(graph.tensor(quantized.args[4])[0]) == 1
+        assert int(counters[0]) == 1
 
     def test_one_kernel_for_all_where_the_batch_must_not_matter(self) -> None:
         graph = captured(nn.Sequential(nn.Linear(FEATURES, 32)), "dynamo", rows(4))
         run(graph, f"{CHOSEN},rewrite-mixed-linear{{kernel=ref batch_invariant=true}}")
         assert mixq_calls(graph) == PARTS
         (quantized,) = nodes_of(graph, "quantize_online")
-        assert quantized.args[-2] == 0
+        assert operand(quantized, "small_m") == 0
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -201,8 +201,11 @@ def test_a_layer_that_is_called_twice_is_packed_once(route: str) -> None:
     graph = captured(model, route)
     run(graph, WHOLE, weights=store)
     first, second = nodes_of(graph, "mixed_linear")
-    assert first.args[5] is second.args[5], "two copies of the codes"
-    assert first.args[7] is second.args[7], "two caches of outlier weights"
+    codes, caches = (
+        [operand(node, name) for node in (first, second)] for name in ("weight_codes", "outlier_weight")
+    )
+    assert codes[0] is codes[1], "two copies of the codes"
+    assert caches[0] is caches[1], "two caches of outlier weights"
     assert len(store.codes(model.layer.weight)) == 1
     assert sqnr(model(rows(6)), call(graph, rows(6))) > 35
 

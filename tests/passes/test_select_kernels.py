@@ -14,9 +14,11 @@ from mixq_compile.errors import KernelError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
+from mixq_compile.ops.operands import operand
 from mixq_compile.ops.providers import KernelQuery, Provider
-from mixq_compile.passes.select_kernels import operator_name
-from mixq_compile.pipeline import PassError
+from mixq_compile.ops.traits import traits_of
+from mixq_compile.passes.select_kernels import SelectKernels
+from mixq_compile.pipeline import PassContext, PassError
 
 
 @pytest.fixture
@@ -40,13 +42,13 @@ def provider(verdict: bool | str, asked: list[KernelQuery] | None = None) -> Pro
 
 
 def kernels(graph: CapturedGraph) -> dict[str, set[str]]:
-    """The providers in the nodes' last arguments, by operator."""
+    """The providers that the nodes name, by operator."""
     found: dict[str, set[str]] = {}
     for node in graph.graph.nodes:
-        name = operator_name(node)
-        if name is not None:
-            found.setdefault(name, set()).add(str(node.args[-1]))
-            assert Annotations(node).kernel == node.args[-1]
+        traits = traits_of(node.target)
+        if traits is not None:
+            found.setdefault(traits.name, set()).add(operand(node, "kernel"))
+            assert Annotations(node).kernel == operand(node, "kernel")
     return found
 
 
@@ -110,5 +112,4 @@ def test_other_operators_are_left_alone() -> None:
     graph = captured(Attention(), "dynamo")
     assert decisions(run(graph, f"{FUSED},select-kernels"), "select-kernels")
     plain = captured(Attention(), "dynamo")
-    names = [operator_name(node) for node in plain.graph.nodes]
-    assert set(names) == {None}
+    assert not list(SelectKernels().run(plain, PassContext()))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixq_compile.kernels.cpu.interface import CPU
-from mixq_compile.ops.declarations import mixed_linear, quantize_online, weight_only_linear
+from mixq_compile.ops.composition import compose, weight_only
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.providers import KernelQuery
 from mixq_compile.ops.weight_codes import quantize_weight
@@ -54,13 +55,21 @@ def _mixed_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, fea
     capacity = OutlierPolicy().capacity_for(in_features)
     state = OutlierState.create(in_features, capacity, DEFAULT_THRESHOLD, CPU)
     state.preload(range(min(capacity, in_features) // 2))
-    outlier_weight = weight[:, :1].repeat(1, capacity)
+    given = {
+        **state.named_buffers(),
+        **_given(x, codes, scale),
+        "outlier_weight": weight[:, :1].repeat(1, capacity),
+        "bits": 8,
+        "miss": "exact",
+        "small_m": 0,
+    }
+    return _ratio_of_times(
+        lambda: torch.nn.functional.linear(x, weight), lambda: compose(dict(given), refreshes=False)
+    )
 
-    def mixed() -> Tensor:
-        quantized = quantize_online(x, *state.buffers(), 8, "exact", 0, "cpu")
-        return mixed_linear(x, *quantized, codes, scale, outlier_weight, None, 0, "cpu")  # type: ignore[no-any-return]
 
-    return _ratio_of_times(lambda: torch.nn.functional.linear(x, weight), mixed)
+def _given(x: Tensor, codes: Tensor, scale: Tensor) -> dict[str, Any]:
+    return {"x": x, "weight_codes": codes, "weight_scale": scale, "bias": None, "kernel": "cpu"}
 
 
 @functools.cache
@@ -70,7 +79,7 @@ def _weight_only_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: in
     codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
     return _ratio_of_times(
         lambda: torch.nn.functional.linear(x, weight),
-        lambda: weight_only_linear(x, codes, scale, None, "cpu"),
+        lambda: weight_only(_given(x, codes, scale)),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.kernels.tl.speed_table import SpeedTable
-from mixq_compile.ops.declarations import mixed_linear, quantize_online, refresh_outlier_weights
+from mixq_compile.ops.composition import compose
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.providers import KernelQuery, linear_query, small_batch_limit
 from mixq_compile.ops.weight_codes import quantize_weight
@@ -70,21 +70,25 @@ def measure(query: KernelQuery, rows: int) -> float:
         capacity = OutlierPolicy().capacity_for(columns)
         state = OutlierState.create(columns, capacity, DEFAULT_THRESHOLD, device)
         state.preload(range(min(capacity, columns) // 2))
-        cached_index = torch.full((capacity,), -1, dtype=torch.int32, device=device)
-        outlier_weight = torch.zeros(features, capacity, dtype=query.dtype, device=device)
-        small_m = small_batch_limit(linear_query(x, features, columns, query.weight_bits), KERNEL)
-
-        def quantized() -> Tensor:
-            found = quantize_online(x, *state.buffers(), 8, "exact", small_m, KERNEL)
-            refresh_outlier_weights(
-                found[0], state.index, found[3], [cached_index], [outlier_weight], [codes], [scale],
-                [weight], small_m, KERNEL,
-            )  # fmt: skip
-            return mixed_linear(  # type: ignore[no-any-return]
-                x, *found, codes, scale, outlier_weight, None, small_m, KERNEL
-            )
-
-        return _ratio_of_times(lambda: torch.nn.functional.linear(x, weight), quantized, device)
+        given = {
+            **state.named_buffers(),
+            "x": x,
+            "weight_codes": codes,
+            "weight_scale": scale,
+            "bias": None,
+            "cached_index": torch.full((capacity,), -1, dtype=torch.int32, device=device),
+            "outlier_weight": torch.zeros(features, capacity, dtype=query.dtype, device=device),
+            "original": weight,
+            "bits": 8,
+            "miss": "exact",
+            "small_m": small_batch_limit(linear_query(x, features, columns, query.weight_bits), KERNEL),
+            "kernel": KERNEL,
+        }
+        return _ratio_of_times(
+            lambda: torch.nn.functional.linear(x, weight),
+            lambda: compose(dict(given), refreshes=True),
+            device,
+        )
 
 
 def measure_into(table: SpeedTable, query: KernelQuery, rows: int) -> float:

@@ -1,0 +1,50 @@
+"""Why a rewrite does not happen, with the nodes that stand in its way: what several passes say alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from mixq_compile.ir.effects import writer_between
+
+MOST_NAMES = 4
+"""How many nodes a reason names; the details name all."""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a rewrite does not happen."""
+
+    reason: str
+    blamed: tuple[str, ...] = ()
+    """Names of the nodes that stand in its way; the reason names them too."""
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a decision records beside the reason."""
+        return {"blamed": list(self.blamed)} if self.blamed else {}
+
+    @classmethod
+    def of(cls, what: str, blamed: Iterable[Node]) -> Obstacle:
+        """An obstacle whose reason ends with the names of the nodes that are blamed."""
+        names = tuple(dict.fromkeys(node.name for node in blamed))
+        if not names:
+            return cls(what)
+        more = len(names) - MOST_NAMES
+        listed = ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+        return cls(f"{what}: {listed}", names)
+
+
+def other_readers(what: str, nodes: Iterable[Node], expected: Collection[Node]) -> Obstacle | None:
+    """The obstacle that something beside `expected` reads one of the nodes; None where nothing does."""
+    others = [reader for node in nodes for reader in node.users if reader not in expected]
+    return Obstacle.of(f"something else reads {what}", others) if others else None
+
+
+def written_between(value: Node, first: Node, last: Node, which: str) -> Obstacle | None:
+    """The obstacle that a call between two nodes may change a value in place; None where none does."""
+    writer = writer_between(value, first, last)
+    return Obstacle.of(f"the value is changed in place between {which}", [writer]) if writer else None
