@@ -200,7 +200,7 @@ class TestSpeed:
         speedups.update({6: 0.1})
         model, store = Attention(), WeightStore()
         graph = captured(model, "dynamo")
-        store._entry(model.q_proj.weight).released = True
+        store.release(model.q_proj.weight)
         found = select(graph, "ignore=", weights=store)
         assert found["q_proj"].startswith("applied")
         assert found["k_proj"].startswith("skipped")
@@ -229,7 +229,7 @@ class TestSpeed:
 def test_a_freed_weight_that_would_be_left_alone_is_an_error() -> None:
     model, store = Attention(), WeightStore()
     graph = captured(model, "dynamo")
-    store._entry(model.q_proj.weight).released = True
+    store.release(model.q_proj.weight)
     with pytest.raises(PassError, match=r"would be left alone now .*'release_weights': True") as caught:
         select(graph, "force=true ignore=q_proj", weights=store)
     assert isinstance(caught.value.__cause__, ReleasedWeightError)
