@@ -150,7 +150,8 @@ def test_many_rows_of_a_weight_only_linear_in_a_process_of_their_own() -> None:
     """Memory that is too small for its values ends a process, which no assertion of it would see."""
     program = (
         "import torch; from torch import nn; from mixq_compile import MixqLinear; "
-        "from mixq_compile.scheme import get_scheme; linear = nn.Linear512, 256.requires_grad_False; "
+        "from mixq_compile.schemes.registry import get_scheme; "
+        "linear = nn.Linear(512, 256).requires_grad_(False); "
         "module = MixqLinear.from_linear(linear, get_scheme('w8a16')); x = torch.randn(200, 512); "
         "wanted = module(x); torch.set_default_dtype(torch.bfloat16); "
         "assert all(torch.equal(module(x), wanted) for _ in range(5)); print('equal')"
