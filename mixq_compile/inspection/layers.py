@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mixq_compile.ir.linears import features_of
 from mixq_compile.ir.snapshot import NodeRow
 from mixq_compile.ops.traits import traits_of
 from mixq_compile.pipeline.history import History
@@ -157,11 +158,18 @@ def sizes(value: str) -> tuple[str, int, tuple[int, ...]]:
 
 
 def _operand_sizes(row: NodeRow, values: Mapping[str, str], name: str) -> tuple[str, int, tuple[int, ...]]:
-    """dtype, bits and sizes of an operand that is a node; of a captured call, the weight comes second."""
-    operands = row.operands
-    if name not in operands and name == "weight":
-        operands = dict(zip(("input", name), row.arguments, strict=False))
-    return sizes(values.get(operands.get(name, "").removeprefix("%"), ""))
+    """dtype, bits and sizes of an operand that is a node."""
+    return sizes(values.get(row.operands.get(name, "").removeprefix("%"), ""))
+
+
+def _weight_sizes(row: NodeRow, values: Mapping[str, str]) -> tuple[str, int, tuple[int, ...]]:
+    """Those of the weight of a linear that was not swapped, in whatever spelling it was captured."""
+    if row.target == LINEAR:
+        return _operand_sizes(row, values, "weight")
+    readers = row.annotations.get("readers")
+    second = row.arguments[1] if len(row.arguments) > 1 else ""
+    name = readers[0] if readers else second.rpartition("=")[2].removeprefix("%")
+    return sizes(values.get(name, ""))
 
 
 def _summary(
@@ -170,8 +178,8 @@ def _summary(
     notes = row.annotations
     if row.target == SWAPPED:
         return _swapped(row, values, product)
-    dtype, bits, shape = _operand_sizes(row, values, "weight")
-    out_features, in_features = shape if len(shape) == 2 else (0, 0)
+    dtype, bits, shape = _weight_sizes(row, values)
+    out_features, in_features = features_of(shape, sizes(row.value)[2]) if len(shape) == 2 else (0, 0)
     parameters = notes.get("parameters")
     scheme = QuantScheme.from_json(parameters) if parameters and product is not None else None
     policy = scheme.outliers if scheme is not None else None

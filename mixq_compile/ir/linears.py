@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.fx import Node
@@ -29,6 +31,18 @@ def transposed_source(node: Node) -> Node | None:
             if not is_permutation or axes[0] % 2 == 1:  # type: ignore[operator]
                 return source
     return None
+
+
+def features_of(weight: Sequence[int], result: Sequence[int]) -> tuple[int, int]:
+    """Outputs and inputs of a linear in whatever spelling, from the sizes of its weight and its result.
+
+    Its weight may be [N, K] or [K, N]: the outputs are what the result's last size is. (0, 0) where the
+    weight has fewer than two sizes.
+    """
+    if len(weight) < 2:
+        return 0, 0
+    rows, columns = weight[-2:]
+    return (columns, rows) if result and result[-1] == columns else (rows, columns)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch.fx import Node
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.linears import features_of
 from mixq_compile.ir.shapes import hint_of
 from mixq_compile.ops.operands import operand, operands, producer
 from mixq_compile.ops.outlier_state import OutlierState
@@ -49,11 +50,13 @@ def _outlier_source(graph: CapturedGraph, product: Node, quantized: Node) -> str
     return "original" if kept or quantized.target is mixq.quantize.default else "codes"
 
 
-def _weight_of(node: Node) -> Any:
+def _weight_of(graph: CapturedGraph, node: Node) -> Any:
     """The weight of a linear that stayed as it was, in whatever spelling it was captured."""
     if node.target is aten.linear.default:
         return operand(node, "weight")
-    return captured_argument(node, 1, "weight")
+    readers = Annotations(node).readers
+    named = (source for source in graph.graph.nodes if readers and source.name == readers[0])
+    return next(named, None) or captured_argument(node, 1, "weight")
 
 
 def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[int, int]:
@@ -62,12 +65,11 @@ def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[
     if weight is not None and codes:
         rows, columns = weight.shape
         return (columns, rows) if codes[0].transposed else (rows, columns)
-    matrix = weight
-    if weight is None or node.target is aten.linear.default:
-        matrix = graph.value(_weight_of(node))
-    if not isinstance(matrix, Tensor):
-        return 0, 0
-    return hint_of(matrix.shape[-2]) or 0, hint_of(matrix.shape[-1]) or 0
+    if weight is not None and node.target is not aten.linear.default:
+        return hint_of(weight.shape[-2]) or 0, hint_of(weight.shape[-1]) or 0
+    values = (graph.value(_weight_of(graph, node)), graph.value(node))
+    matrix, result = ([hint_of(size) or 0 for size in getattr(value, "shape", ())] for value in values)
+    return features_of(matrix, result)
 
 
 def _members(node: Node) -> list[dict[str, Any]]:
@@ -88,7 +90,7 @@ def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
             weight = graph.tensor(nodes[member["readers"][0]])
             found.append(_record(graph, node, member, weight, view.kernel))
         if node.target is aten.linear.default:
-            weight = graph.tensor(graph.weight_parameter(_weight_of(node)))
+            weight = graph.tensor(graph.weight_parameter(_weight_of(graph, node)))
             found.append(_record(graph, node, view.to_json(), weight, view.kernel))
         elif view.skip is not None:
             found.append(_record(graph, node, view.to_json(), None, view.kernel))

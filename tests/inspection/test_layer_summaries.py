@@ -1,9 +1,15 @@
 import pytest
+import torch
+from captures import capture
 from inspected_models import llama_inspection, run_history
+from torch import Tensor, nn
 
+import mixq_compile as mixq
 from mixq_compile.inspection.blast_radius import layer_of, touches
 from mixq_compile.inspection.layers import NEVER_REWRITTEN, layers_of, matching, packed_bytes, sizes
-from mixq_compile.pipeline import History
+from mixq_compile.pipeline import History, PassContext, Pipeline
+from mixq_compile.runtime.linear_records import linear_records
+from mixq_compile.runtime.weight_store import STORE
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -94,3 +100,64 @@ def test_the_blast_radius_counts_what_a_pass_did_to_each_layer(history: History)
     assert touch.mark.startswith(f"+{touch.added} -1")
     assert by_name["select-scheme"]["lm_head"].skipped == 1
     assert by_name["verify"] == {}
+
+
+class Pair(nn.Module):
+    """Two linears that differ in their bias alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biased, self.plain = nn.Linear(64, 32), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.biased(x) + self.plain(x)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8o16", "w4a4o16", "w8a8", "w8a16"])
+def test_a_swapped_linear_without_bias_counts_as_one_with_it(scheme: str) -> None:
+    graph = capture(
+        mixq.quantize(Pair(), scheme=scheme, keep_originals=True), torch.randn(40, 64), route="export"
+    )
+    history = Pipeline.parse("strip-guards,expand-linear").run(graph, PassContext(weights=STORE))
+    biased, plain = layers_of(history)
+    figures = ("out_features", "in_features", "capacity", "activation_bits", "weight_bits", "bytes_after")
+    for figure in figures:
+        assert getattr(plain, figure) == getattr(biased, figure), figure
+    assert (plain.out_features, plain.in_features) == (32, 64)
+    assert plain.capacity == (16 if "o16" in scheme else 0)
+    assert plain.activation_bits == {"w8a8o16": 8, "w4a4o16": 4, "w8a8": 8, "w8a16": 16}[scheme]
+
+
+SPELLINGS = {
+    "linear": lambda x, rows, columns, bias: nn.functional.linear(x, rows(), bias),
+    "linear by name": lambda x, rows, columns, bias: nn.functional.linear(input=x, weight=rows(), bias=bias),
+    "addmm": lambda x, rows, columns, bias: torch.addmm(bias, x, columns()),
+    "addmm by name": lambda x, rows, columns, bias: torch.addmm(bias, mat1=x, mat2=columns()),
+}
+
+
+class Autocast(nn.Module):
+    """A linear that no pass rewrites, because its input, weight and result differ in dtype."""
+
+    def __init__(self, spelling: str, turned: bool) -> None:
+        super().__init__()
+        self.spelling, self.turned = SPELLINGS[spelling], turned
+        self.weight = nn.Parameter(torch.randn(64, 32) if turned else torch.randn(32, 64))
+        self.bias = nn.Parameter(torch.randn(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            views = (lambda: self.weight.t(), lambda: self.weight)
+            rows, columns = views if self.turned else views[::-1]
+            return self.spelling(x, rows, columns, self.bias)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["N by K", "K by N"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_linear_that_stays_has_its_shape_in_every_spelling(spelling: str, turned: bool) -> None:
+    graph = capture(Autocast(spelling, turned), torch.randn(6, 64), route="dynamo")
+    history = Pipeline.parse("strip-guards,canonicalize-linear").run(graph, PassContext())
+    (layer,) = layers_of(history)
+    (record,) = linear_records(graph)
+    assert (layer.out_features, layer.in_features) == (32, 64)
+    assert (record.out_features, record.in_features) == (32, 64)

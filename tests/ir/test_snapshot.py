@@ -12,6 +12,7 @@ from mixq_compile.ir.changes import Fingerprint
 from mixq_compile.ir.diff import GraphDiff
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.snapshot import NodeRow, Snapshot
+from mixq_compile.ops.operands import given_operands
 
 aten = torch.ops.aten
 
@@ -168,3 +169,35 @@ def test_a_llamas_snapshot_has_every_node() -> None:
         snapshot = Snapshot.of(graph)
         assert len(snapshot.rows) == len(graph.graph.nodes)
         assert all(row.value for row in snapshot.rows if row.target == "aten.linear.default")
+
+
+class TestOperandsOfAPrintedCall:
+    """A view reads operands by name too; the text is all that it has."""
+
+    def row(self, target: str, args: str) -> NodeRow:
+        return NodeRow("n", "call_function", target, args, (), "", "", "")
+
+    def test_each_operand_has_its_name(self) -> None:
+        row = self.row("aten.linear.default", "%x, %w, bias=%b")
+        assert row.operands == {"input": "%x", "weight": "%w", "bias": "%b"}
+
+    def test_commas_within_lists_and_texts_divide_nothing(self) -> None:
+        text = "%q, %i, %c, [%a, %b], [], [%d], [(1, 2), %e], [%f], 0, 'a, \\'b'"
+        row = self.row("mixq.refresh_outlier_weights.default", text)
+        assert row.operands["cached_index"] == "[%a, %b]"
+        assert row.operands["outlier_weight"] == "[]"
+        assert row.operands["weight_scale"] == "[(1, 2), %e]"
+        assert row.operands["kernel"] == "'a, \\'b'"
+
+    def test_what_a_recorded_graph_prints_is_read_back(self) -> None:
+        graph = capture(TwoLayers(), torch.randn(2, 8), route="export")
+        for node in linears(graph):
+            row = Snapshot.of(graph).by_name[node.name]
+            expected = {name: f"%{given.name}" for name, given in given_operands(node).items()}
+            assert row.operands == expected
+
+    @pytest.mark.parametrize("target", ["_C._nn.linear", "getitem", "mixq.no_such.default", "a.b.c"])
+    def test_a_target_without_a_schema_names_nothing(self, target: str) -> None:
+        row = self.row(target, "%x, 1")
+        assert row.operands == {}
+        assert row.arguments == ("%x", "1")

@@ -13,6 +13,9 @@ from torch.nn.functional import linear
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ops.operands import operand
+from mixq_compile.pipeline import Fuel, PassContext, Pipeline
+from mixq_compile.pipeline.bisection import rewrites
 
 aten = torch.ops.aten
 LINEAR = "aten.linear.default"
@@ -271,3 +274,30 @@ def test_experts_are_named_and_left_alone(route: str) -> None:
     names = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     assert skipped == dict.fromkeys(names, "unsupported: grouped (one product for several experts)")
     assert linear_names(graph)["model.layers.0.mlp.gate"] == "router"
+
+
+def test_a_module_call_gets_its_weight_only_after_it_is_announced() -> None:
+    """A graph that torch.fx traced calls modules; their weights have no nodes before."""
+
+    def traced() -> CapturedGraph:
+        drawing = torch.fx.Graph()
+        x = drawing.placeholder("x")
+        drawing.output(drawing.call_module("0", (x,)))
+        graph = CapturedGraph(torch.fx.GraphModule(nn.Sequential(nn.Linear(4, 3)), drawing), "export")
+        for node, shape in zip(graph.graph.nodes, ((2, 4), (2, 3)), strict=False):
+            graph.set_value(node, graph.fake_mode.from_tensor(torch.empty(shape)))
+        return graph
+
+    for fuel, expected in ((0, ["placeholder", "call_module", "output"]), (1, None)):
+        graph = traced()
+        context = PassContext(fuel=Fuel(fuel))
+        history = Pipeline.parse("canonicalize-linear").run(graph, context, verify="off")
+        kinds = [node.op for node in graph.graph.nodes]
+        if expected is not None:
+            assert (kinds, graph.attached) == (expected, {}), "changed before it was announced"
+        else:
+            assert kinds == ["placeholder", "get_attr", "get_attr", "call_function", "output"]
+            (linear,) = graph.walk(torch.ops.aten.linear.default)
+            assert graph.tensor(operand(linear, "weight")) is graph.module.get_submodule("0").weight
+            (found,) = rewrites(Pipeline.parse("canonicalize-linear"), history)
+            assert (found.number, found.decision.verdict) == (1, "applied")

@@ -16,7 +16,7 @@ from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.snapshot import Snapshot
 from mixq_compile.ir.verify import verify
-from mixq_compile.pipeline import Pass, PassContext, Pipeline, get_pass, pass_names
+from mixq_compile.pipeline import Fuel, Pass, PassContext, Pipeline, get_pass, pass_names
 from mixq_compile.pipeline.registry import option_types
 from mixq_compile.pipeline.runner import run_passes
 from mixq_compile.runtime.weight_store import STORE
@@ -102,6 +102,21 @@ def test_a_second_run_finds_nothing_to_do(case: tuple[str, str]) -> None:
     once = Snapshot.of(graph)
     run_alone(case[0], graph)
     assert Snapshot.of(graph) == once
+
+
+def test_without_fuel_neither_graph_nor_module_changes(case: tuple[str, str]) -> None:
+    """A pass that acts before it announces, or while it matches, could not be blamed by a bisection."""
+    graph = prepared(*case)
+
+    def state() -> tuple[list[str], list[str]]:
+        tensors = (*graph.module.named_parameters(), *graph.module.named_buffers())
+        return [row.line for row in Snapshot.of(graph).rows], sorted(name for name, _ in tensors)
+
+    before = state()
+    step = step_of(case[0])
+    if step.spends_fuel:
+        run_passes([step], step.spec(), graph, dataclasses.replace(context(), fuel=Fuel(0)), "full", True)
+        assert state() == before, f"{case[0]} changed something that no fuel paid for"
 
 
 def test_annotations_and_history_are_json(case: tuple[str, str]) -> None:

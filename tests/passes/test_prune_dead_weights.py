@@ -6,8 +6,11 @@ import pytest
 import torch
 from captures import ROUTES
 from linear_models import ATTENTION, captured, network, rows
-from rewriting import WHOLE, call, decisions, run
+from rewriting import WHOLE, call, calls, decisions, run
 from torch import nn
+
+from mixq_compile.pipeline import Fuel, Pipeline
+from mixq_compile.pipeline.bisection import rewrites
 
 
 def test_16_bit_weights_of_an_exported_program_are_deleted() -> None:
@@ -67,3 +70,37 @@ def test_each_deletion_is_a_decision() -> None:
     history = run(graph, WHOLE.replace("kernel=ref}", "kernel=ref originals=false}", 1))
     found = {decision.fqn: decision.reason for decision in decisions(history, "prune-dead-weights")}
     assert found["attn.q_proj.weight"] == "no reader is left: deleted"
+
+
+def test_each_dead_call_is_a_rewrite_that_fuel_pays_for() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.sin().cos()
+            return self.linear(x)
+
+    left = []
+    for fuel in range(4):
+        graph = captured(Dead(), "export")
+        history = run(graph, "prune-dead-weights", fuel=Fuel(fuel))
+        found = {name for name in ("sin", "cos") if f"aten.{name}.default" in calls(graph)}
+        left.append(found)
+        assert len(decisions(history, "prune-dead-weights")) == 2 - len(found)
+    assert left == [{"sin", "cos"}, {"sin"}, set(), set()], "readers go before what they read"
+
+
+def test_a_bisection_blames_the_erasure() -> None:
+    graph = captured(network(), "export")
+    text = WHOLE.replace("kernel=ref}", "kernel=ref originals=false}", 1)
+    history = run(graph, text)
+    found = rewrites(Pipeline.parse(text), history)
+    last = next(each for each in found if each.decision.node == "attn.q_proj.weight")
+    assert last.spec == "prune-dead-weights"
+    for fuel, kept in ((last.number - 1, True), (last.number, False)):
+        again = captured(network(), "export")
+        run(again, text, fuel=Fuel(fuel))
+        names = {name for name, _ in again.module.named_parameters()}
+        assert ("attn.q_proj.weight" in names) == kept

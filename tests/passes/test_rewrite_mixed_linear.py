@@ -9,12 +9,17 @@ from linear_models import ATTENTION, FEATURES, Attention, captured, network, row
 from rewriting import CHOSEN, MIXED, WHOLE, call, mixq_calls, nodes_of, reasons, run, sqnr
 from torch import Tensor, nn
 
+from mixq_compile.errors import OptionError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
-from mixq_compile.ops.operands import operand, producer
+from mixq_compile.ops.operands import operand, producer, set_operands
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import Provider
+from mixq_compile.passes._mixed_linear import MixedLinear
+from mixq_compile.passes.rewrite_mixed_linear import RewriteMixedLinear
+from mixq_compile.pipeline import PassContext, PassError, Pipeline
+from mixq_compile.pipeline.runner import run_passes
 from mixq_compile.runtime.weight_store import WeightStore
 
 PARTS = ["quantize_online", "refresh_outlier_weights", "mixed_gemm", "dequantize"]
@@ -229,3 +234,36 @@ def test_an_attention_block_computes_the_same() -> None:
     for count in (6, 11, 1):
         x = rows(count, columns=(3, 40))
         assert sqnr(model(x), call(graph, x)) > 30
+
+
+def test_a_weight_that_is_computed_is_left_alone_and_says_why() -> None:
+    """As where a pass of the user's puts a scaled weight in place of the parameter after the schemes."""
+    graph, model = linear_graph("dynamo")
+    run(graph, CHOSEN)
+    (linear,) = graph.walk(torch.ops.aten.linear.default)
+    with graph.graph.inserting_before(linear):
+        doubled = graph.call(torch.ops.aten.mul.Tensor, (operand(linear, "weight"), 2.0))
+    set_operands(linear, weight=doubled)
+    step = RewriteMixedLinear()
+    history = run_passes([step], step.spec(), graph, PassContext(weights=WeightStore()), "full", True)
+    assert reasons(history, "rewrite-mixed-linear") == {
+        "0": "skipped: its weight is computed, not a parameter: only parameters can be packed"
+    }
+    x = rows(6)
+    with torch.no_grad():
+        assert torch.equal(call(graph, x), nn.functional.linear(x, 2.0 * model[0].weight, model[0].bias))
+
+
+def test_a_run_without_a_store_says_what_is_missing() -> None:
+    graph, _ = linear_graph("dynamo")
+    with pytest.raises(PassError, match="no store for them: give PassContext a `weights`"):
+        Pipeline.parse(MIXED).run(graph, PassContext())
+
+
+def test_an_operand_that_no_step_takes_is_refused() -> None:
+    """It would be left out of the product without a word."""
+    graph, _ = linear_graph("dynamo")
+    node = next(iter(graph.graph.nodes))
+    parts = MixedLinear({"x": node, "zero_point": node}, 8, None, None, 0)
+    with pytest.raises(OptionError, match="unknown operand of a quantized linear 'zero_point'"):
+        parts.write(graph, lambda operator, named: node)

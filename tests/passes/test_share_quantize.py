@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mixq_compile as mixq
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ops.operands import operand, set_operands
+from mixq_compile.ops.operands import operand, producer, set_operands
 from mixq_compile.pipeline import Fuel
 from mixq_compile.runtime.weight_store import STORE, WeightStore
 
@@ -230,3 +230,17 @@ def test_merging_stops_where_fuel_ends_and_the_graph_still_computes() -> None:
 def test_all_of_it_on_an_attention_block() -> None:
     graph = shared("dynamo", Attention(), WHOLE)
     assert mixq_calls(graph).count("mixed_linear") == 4
+
+
+def test_every_reading_of_a_result_moves_to_the_shared_one() -> None:
+    graph = captured(Attention(), "dynamo")
+    store = WeightStore()
+    run(graph, SHARED.removesuffix(",share-quantize"), weights=store)
+    quantized = nodes_of(graph, "quantize_online")[1]
+    dequantized = nodes_of(graph, "dequantize")[1]
+    with graph.graph.inserting_after(quantized):
+        again = graph.result(quantized, "scale")
+    set_operands(dequantized, scale=again)
+    run(graph, SHARED, weights=store)
+    assert mixq_calls(graph).count("quantize_online") == 2
+    assert producer(operand(dequantized, "scale")) is nodes_of(graph, "quantize_online")[0]
