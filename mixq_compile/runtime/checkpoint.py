@@ -189,6 +189,7 @@ def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -
         model = _empty_model(source, manifest)
         for name, entry in manifest["linears"].items():
             module = _empty_linear(entry)
+            module.fqn = name
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module)
             records.append(_record(name, module))

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixq_compile import ops
+from mixq_compile.ir.nested_rows import map_nested_rows
 from mixq_compile.ops.linear import policy_text
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import aligned_empty, dequantize_weight, quantize_weight
+from mixq_compile.runtime.freed_weight import FreedWeight, freed_error
 from mixq_compile.scheme import QuantScheme
 
 FP32_BUFFERS = ("weight_scale", "column_max", "effective_threshold")
 """Buffers that stay fp32 when the module is cast to another dtype."""
+ASSIGNED = "a weight was assigned, which the codes would not follow"
 
 
 class MixqLinear(nn.Module):
     """A quantized linear `[..., K] -> [..., N]`, in eager mode as in compiled graphs.
 
-    Its 16-bit weight is gone; `weight` has its shape, dtype and device for code that reads those,
-    and NaN for code that would compute with it.
+    Its 16-bit weight is gone; `weight` has its shape, dtype and device for code that reads those, and
+    raises ReleasedWeightError for code that would compute with it.
     """
 
     weight_codes: Tensor
@@ -85,6 +89,7 @@ class MixqLinear(nn.Module):
             )
         else:
             self.register_parameter("bias", None)
+        self._place_weight("")
 
     @classmethod
     def from_linear(
@@ -142,9 +147,35 @@ class MixqLinear(nn.Module):
         return "original" if fixed or self.outlier_source.numel() else "codes"
 
     @property
-    def weight(self) -> Tensor:
-        """NaN of the weight's shape, dtype and device, without its memory: not for computing."""
-        return self.weight_marker.expand(self.out_features, self.in_features)
+    def weight(self) -> FreedWeight:
+        """The weight's shape, dtype and device, without its numbers."""
+        return self._freed_weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise freed_error(self.fqn, ASSIGNED)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module` does; raises ReleasedWeightError for `weight`."""
+        if name == "weight":
+            raise freed_error(self.fqn, ASSIGNED)
+        super().register_parameter(name, param)
+
+    @property
+    def fqn(self) -> str:
+        """The name in its model that errors tell; empty until a swap or a load sets it."""
+        return self._freed_weight.fqn
+
+    @fqn.setter
+    def fqn(self, name: str) -> None:
+        self._freed_weight.fqn = name
+
+    def _place_weight(self, fqn: str) -> None:
+        # Kept, not made where it is read: Dynamo cannot trace its making.
+        marker = self.weight_marker
+        self._freed_weight = FreedWeight(
+            (self.out_features, self.in_features), marker.dtype, marker.device, fqn
+        )
 
     def dequantized_weight(self) -> Tensor:
         """The fp32 weight `[N, K]` that the codes stand for."""
@@ -157,6 +188,8 @@ class MixqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized linear, learning outlier columns as the scheme's policy says."""
+        if x.is_nested:
+            return map_nested_rows(self.forward, x)
         return ops.linear(  # type: ignore[no-any-return]
             x, self.weight_codes, self.weight_scale, self.bias,
             self.index, self.column_slot, self.column_max, self.counters, self.effective_threshold,
@@ -177,4 +210,5 @@ class MixqLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in FP32_BUFFERS:
             setattr(self, name, getattr(self, name).view(torch.float32))
+        self._place_weight(self.fqn)
         return self
