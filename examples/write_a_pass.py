@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import mixq_compile as mixq
+from mixq_compile.inspection.text import print_history
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline import Decision, Pass, PassContext, Pipeline
 
@@ -44,7 +45,7 @@ def main() -> None:
     passes = Pipeline((*Pipeline.parse("strip-guards,canonicalize-linear"), ApproximateGelu(at_least=1000)))
     history = passes.run(graph, PassContext())
 
-    history.print()
+    print_history(history)
     for decision in history.decisions():
         print(f"{decision.verdict:8} {decision.node:10} {decision.reason}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mixq_compile.version import __version__
 
 _HOME = {
     "CalibrationStats": "mixq_compile.calibration",
@@ -18,12 +18,14 @@ _HOME = {
     "calibrate": "mixq_compile.calibration",
     "capture": "mixq_compile.runtime.export",
     "compile": "mixq_compile.runtime.export",
-    "freeze": "mixq_compile.runtime.report",
-    "load_pretrained": "mixq_compile.runtime.checkpoint",
+    "freeze": "mixq_compile.runtime.outlier_control",
+    "hold_states": "mixq_compile.runtime.outlier_control",
+    "load_pretrained": "mixq_compile.runtime.checkpoint_loading",
     "quantize": "mixq_compile.runtime.quantize",
+    "refresh": "mixq_compile.runtime.outlier_control",
     "report": "mixq_compile.runtime.report",
-    "reset": "mixq_compile.runtime.report",
-    "save_pretrained": "mixq_compile.runtime.checkpoint",
+    "reset": "mixq_compile.runtime.outlier_control",
+    "save_pretrained": "mixq_compile.runtime.checkpoint_saving",
 }
 
 __all__ = [
@@ -35,8 +37,10 @@ __all__ = [
     "capture",
     "compile",
     "freeze",
+    "hold_states",
     "load_pretrained",
     "quantize",
+    "refresh",
     "report",
     "reset",
     "save_pretrained",
@@ -44,12 +48,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mixq_compile.calibration import CalibrationStats, calibrate
-    from mixq_compile.runtime.checkpoint import load_pretrained, save_pretrained
+    from mixq_compile.runtime.checkpoint_loading import load_pretrained
+    from mixq_compile.runtime.checkpoint_saving import save_pretrained
     from mixq_compile.runtime.export import capture, compile
     from mixq_compile.runtime.mixq_linear import MixqLinear
     from mixq_compile.runtime.options import MixqOptions
+    from mixq_compile.runtime.outlier_control import freeze, hold_states, refresh, reset
     from mixq_compile.runtime.quantize import quantize
-    from mixq_compile.runtime.report import freeze, report, reset
+    from mixq_compile.runtime.report import report
 
 
 def __getattr__(name: str) -> Any:

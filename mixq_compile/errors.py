@@ -34,6 +34,10 @@ class KernelError(MixqError):
     """No kernel provider supports a call, or a provider failed its self-test."""
 
 
+class OperandError(MixqError, RuntimeError):
+    """A tensor has a shape, dtype or device that does not fit the other operands of a quantized linear."""
+
+
 class CheckpointError(MixqError):
     """A quantized checkpoint cannot be written or read."""
 

@@ -6,10 +6,7 @@ Everything here is a frozen value that round-trips through JSON; nothing imports
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
 import math
-import pkgutil
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -145,20 +142,3 @@ class QuantScheme:
             outliers=None if outliers is None else OutlierPolicy.from_json(outliers),
             eight_bit_roles=tuple(data["eight_bit_roles"]),
         )
-
-
-@functools.cache
-def scheme_names() -> tuple[str, ...]:
-    """Names of all schemes: one module each in `mixq_compile.schemes`."""
-    package = importlib.import_module("mixq_compile.schemes")
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
-
-
-def get_scheme(name: str | QuantScheme) -> QuantScheme:
-    """The scheme of this name. Raises OptionError that lists the valid names."""
-    if isinstance(name, QuantScheme):
-        return name
-    if name not in scheme_names():
-        raise unknown_name("scheme", name, scheme_names())
-    scheme: QuantScheme = importlib.import_module(f"mixq_compile.schemes.{name}").SCHEME
-    return scheme

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 EPSILON = np.float32(2.0**-96)
+TEACHING_LIMIT = np.float32(2.0**23)
 Matrix = NDArray[np.float64]
 
 
@@ -62,16 +63,19 @@ class SimulatedState:
         maxima[~np.isfinite(values).all(axis=1)] = np.nan
         return maxima
 
-    def call(self, x: Tensor, miss: str) -> SimulatedCall:
+    def call(self, x: Tensor, miss: str, bits: int = 8) -> SimulatedCall:
         """Quantizes one input under a miss policy and learns from it."""
         values = as_matrix(x)
-        finite = values[np.isfinite(values).all(axis=1)]
-        column_max = np.abs(finite).max(axis=0, initial=0.0)
+        with np.errstate(invalid="ignore"):
+            teaches = scale_of(self.row_maximum(values), bits) < TEACHING_LIMIT
+        if miss == "per_call":
+            teaches = np.isfinite(values).all(axis=1)
+        column_max = np.abs(values[teaches]).max(axis=0, initial=0.0)
         learns = miss != "static" and not self.frozen
         if learns and miss == "per_call":
             self._replace(column_max)
         with np.errstate(invalid="ignore"):
-            exceeded = bool((self.row_maximum(values) > self.limit).any())
+            exceeded = bool((self.row_maximum(values)[teaches] > self.limit).any())
         grows = learns and exceeded and miss != "per_call"
         if grows and miss != "lazy":
             self._grow(column_max, may_evict=True)

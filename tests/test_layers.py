@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import networkx
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mixq_compile"
@@ -21,23 +22,21 @@ def _layer(names: str, below: str) -> None:
     BELOW.update(dict.fromkeys(names.split(), allowed))
 
 
-_layer("errors", "")
-_layer("scheme", "errors")
+_layer("version errors", "")
+_layer("formats", "errors")
+_layer("scheme", "formats")
 _layer("schemes", "scheme")
-_layer("ops", "scheme")
+_layer("ops", "scheme version")
 _layer("kernels", "ops")
 _layer("ir", "ops")
 _layer("pipeline", "ir")
-_layer("passes", "pipeline")
-_layer("calibration evaluation area", "scheme ir")
+_layer("passes", "pipeline schemes")
+_layer("calibration evaluation area", "schemes ir")
 _layer("inspection", "pipeline")
 _layer("runtime", "passes calibration inspection")
-_layer("__init__", "runtime calibration")
-_layer("benchmarking", "__init__ kernels schemes evaluation")
-_layer("cli", "__init__ kernels schemes evaluation inspection area benchmarking")
-
-VERSION = "mixq_compile"
-"""`from mixq_compile import __version__` reads a constant; any other name there is the public API."""
+_layer("__init__", "runtime calibration version")
+_layer("benchmarking", "__init__ kernels evaluation")
+_layer("cli", "__init__ kernels evaluation inspection area benchmarking")
 
 PRIVATE = {
     "torch._dynamo": ("runtime/torch_compat.py",),
@@ -52,7 +51,7 @@ PRIVATE = {
     ),
     "torch._ops": ("ir/effects.py", "ir/verify.py"),
     # Dynamo writes torch.nn.functional.linear under its C name.
-    "torch._C": ("passes/canonicalize_linear.py",),
+    "torch._C": ("passes/canonicalize_linear.py", "runtime/torch_compat.py"),
     "torch.utils._pytree": ("ir/verify.py", "ir/graph.py", "runtime/export.py"),
 }
 """Private modules of torch, and the only files that touch each; kernels are not looked at."""
@@ -80,22 +79,18 @@ def layer_of(parts: tuple[str, ...]) -> str:
 
 
 def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and module of each import that runs; those for type checkers are left out."""
-    typed = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
+    """Line and module of each import: at the top, in functions, for type checkers, and by a constant name."""
     for node in ast.walk(tree):
-        if id(node) in typed:
-            continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports are absolute"
             for alias in node.names:
                 yield node.lineno, f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            for constant in ast.walk(node):
+                if isinstance(constant, ast.Constant) and str(constant.value).startswith("mixq_compile."):
+                    yield constant.lineno, str(constant.value).rstrip(".")
 
 
 def package_imports(path: Path) -> list[Import]:
@@ -103,7 +98,7 @@ def package_imports(path: Path) -> list[Import]:
     return [
         Import(path, line, module)
         for line, module in imported_modules(tree)
-        if module.split(".")[0] == "mixq_compile" and module != "mixq_compile.__version__"
+        if module.split(".")[0] == "mixq_compile"
     ]
 
 
@@ -123,6 +118,54 @@ def test_imports_go_down(path: Path) -> None:
         if (target := target_layer(entry.module)) != own and target not in BELOW[own]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circles(imports: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or through others."""
+    graph = networkx.DiGraph((module, target) for module, targets in imports.items() for target in targets)
+    return sorted(sorted(group) for group in networkx.strongly_connected_components(graph) if len(group) > 1)
+
+
+def module_imports() -> dict[str, set[str]]:
+    """The modules of the package that each of them imports; `a.b.name` counts as the module `a.b`."""
+    modules = {module_of(path): path for path in sources()}
+
+    def known(name: str) -> str:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {
+        module: {target for entry in package_imports(path) if (target := known(entry.module)) != module}
+        for module, path in modules.items()
+    }
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    found = circles(module_imports())
+    assert not found, "modules that import each other:\n" + "\n".join(", ".join(group) for group in found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from mixq_compile.second import name",
+        "import mixq_compile.second",
+        "if TYPE_CHECKING:\n    from mixq_compile.second import Name",
+        "def later():\n    from mixq_compile import second",
+        "import importlib\ndef later():\n    importlib.import_module('mixq_compile.second')",
+        "from importlib import import_module\nimport_module(f'mixq_compile.second.{name}')",
+    ],
+)
+def test_every_way_to_import_is_seen(source: str) -> None:
+    names = [name for _, name in imported_modules(ast.parse(source))]
+    assert any(name.startswith("mixq_compile.second") for name in names), f"not seen: {source}"
+    assert circles({"first": {"second"}, "second": {"first"}, "third": {"first"}}) == [["first", "second"]]
 
 
 def dotted_names(tree: ast.AST) -> Iterator[tuple[int, str]]:

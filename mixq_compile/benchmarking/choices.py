@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mixq_compile.errors import OptionError, unknown_name
-from mixq_compile.scheme import scheme_names
+from mixq_compile.schemes.registry import scheme_names
 
 Announce = Callable[[int, int, str], None]
 """Told how many cases are done, of how many, and which one begins."""

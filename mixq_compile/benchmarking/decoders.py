@@ -56,7 +56,9 @@ def _enlarge(values: Tensor, seed: int) -> None:
     """Multiplies some rows of values by log-spaced gains."""
     count = max(1, math.floor(values.shape[0] * PART_OF_CHANNELS))
     rows = list(planted_columns(values.shape[0], count, seed))
-    gains = torch.logspace(math.log10(SMALLEST_GAIN), math.log10(LARGEST_GAIN), count, device=values.device)
+    gains = torch.logspace(
+        math.log10(SMALLEST_GAIN), math.log10(LARGEST_GAIN), count, dtype=torch.float32, device=values.device
+    )
     values[rows] *= gains.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
 
 
@@ -97,9 +99,10 @@ def layer_inputs(model: Any, batch: int, tokens: int, seed: int = 0) -> tuple[Te
     """Hidden states and position embeddings for `OneLayer`."""
     weight = model.model.embed_tokens.weight
     hidden = torch.randn(
-        batch, tokens, weight.shape[1], device=weight.device, generator=generator(weight.device, seed)
-    ).to(weight.dtype)
-    positions = torch.arange(tokens, device=weight.device)[None]
+        batch, tokens, weight.shape[1],
+        dtype=torch.float32, device=weight.device, generator=generator(weight.device, seed),
+    ).to(weight.dtype)  # fmt: skip
+    positions = torch.arange(tokens, dtype=torch.int64, device=weight.device)[None]
     cosine, sine = model.model.rotary_emb(hidden, position_ids=positions)
     return hidden, cosine, sine
 
@@ -108,5 +111,6 @@ def random_tokens(model: Any, batch: int, tokens: int, seed: int = 0) -> Tensor:
     """Tokens `[B, T]` int64."""
     device = model.model.embed_tokens.weight.device
     return torch.randint(
-        1, model.config.vocab_size, (batch, tokens), device=device, generator=generator(device, seed)
-    )
+        1, model.config.vocab_size, (batch, tokens),
+        dtype=torch.int64, device=device, generator=generator(device, seed),
+    )  # fmt: skip

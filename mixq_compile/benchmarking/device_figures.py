@@ -40,7 +40,7 @@ def measure_figures(device: torch.device) -> DeviceFigures:
     size = SIZE * enlarged
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     codes = torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8)
-    scale = torch.ones(size, device=device)
+    scale = torch.ones(size, device=device, dtype=torch.float32)
     outliers = torch.zeros(size, OUTLIER_SLOTS, device=device, dtype=dtype)
     count = torch.zeros(1, device=device, dtype=torch.int32)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from mixq_compile import __version__
 from mixq_compile.benchmarking.timing import Floor, keep_busy
+from mixq_compile.version import __version__
 
 PACKAGES = ("triton", "transformers", "torchao", "bitsandbytes")
 CLOCKS = {

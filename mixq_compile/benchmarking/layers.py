@@ -35,7 +35,7 @@ from mixq_compile.benchmarking.variants import (
     prepare,
     warm_compiler,
 )
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 LONGEST = 2048
 """More rows than this are several sequences of this many tokens."""

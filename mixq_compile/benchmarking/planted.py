@@ -25,8 +25,9 @@ def random_weight(
 
 def planted_columns(in_features: int, columns: int, seed: int = 0) -> tuple[int, ...]:
     """Random columns of `in_features`, ascending."""
-    chosen = torch.randperm(in_features, generator=generator(torch.device("cpu"), seed))[:columns]
-    return tuple(sorted(chosen.tolist()))
+    device = torch.device("cpu")
+    order = torch.randperm(in_features, dtype=torch.int64, device=device, generator=generator(device, seed))
+    return tuple(sorted(order[:columns].tolist()))
 
 
 def planted_activation(
@@ -39,7 +40,7 @@ def planted_activation(
     seed: int = 0,
 ) -> Tensor:
     """Normal values `[M, K]`, those in `columns` `size` times as large."""
-    x = torch.randn(rows, in_features, device=device, generator=generator(device, seed))
+    x = torch.randn(rows, in_features, dtype=torch.float32, device=device, generator=generator(device, seed))
     x.clamp_(-INNER_LIMIT, INNER_LIMIT)
     x[:, list(columns)] *= size
     return x.to(dtype)

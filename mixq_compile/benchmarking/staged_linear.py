@@ -30,7 +30,7 @@ def detect_first(linear: PackedLinear, x: Tensor) -> Tensor:
 def quantize_ahead(linear: PackedLinear, x: Tensor) -> Tensor:
     """Quantizes with the columns known so far and checks afterwards, each step a kernel of its own."""
     slots = linear.state.index.long()
-    used = torch.arange(len(slots), device=x.device) < linear.state.counters[COUNT]
+    used = torch.arange(len(slots), dtype=torch.int32, device=x.device) < linear.state.counters[COUNT]
     outliers = x[:, slots] * used
     inner = torch.where(linear.state.column_slot < 0, x, 0.0)
     codes, scale = _row_codes(inner)

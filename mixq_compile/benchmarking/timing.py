@@ -202,7 +202,7 @@ def measure_floor(device: torch.device, replays: int) -> Floor:
 def keep_busy(device: torch.device, launches: int = 600, size: int = 8192) -> Tensor:
     """Queues products that keep the device's tensor cores busy for a while, and does not wait."""
     # Random numbers: zeros draw so little power that the clocks never fall.
-    matrix = torch.randn(size, size, device=device).bfloat16()
+    matrix = torch.randn(size, size, dtype=torch.bfloat16, device=device)
     result = torch.empty_like(matrix)
     for _ in range(launches):
         torch.mm(matrix, matrix, out=result)

@@ -17,7 +17,7 @@ from mixq_compile.benchmarking.baselines import float_name, llm_int8_linear, qua
 from mixq_compile.benchmarking.choices import LLM_INT8, TORCHAO_FP8, TORCHAO_INT8
 from mixq_compile.benchmarking.timing import Call, first_line
 from mixq_compile.runtime.backend import mixq_backend
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 EAGER_SUFFIX = ", eager"
 AUTOTUNED = "max-autotune-no-cudagraphs"
@@ -225,6 +225,6 @@ def _extra_bytes(
 
 def warm_compiler(device: torch.device, lowering: str) -> None:
     """Compiles something small, so that no variant's first call pays for starting the compiler."""
-    x = torch.ones(32, 32, device=device)
+    x = torch.ones(32, 32, dtype=torch.float32, device=device)
     torch.compile(lambda values: (values + 1).sum(dim=1), backend=lowering)(x)
     torch.compiler.reset()

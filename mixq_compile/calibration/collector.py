@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixq_compile import __version__
 from mixq_compile.calibration.accumulator import ChannelAccumulator
 from mixq_compile.calibration.statistics import NAMES_SHOWN, CalibrationStats, LinearStatistics
 from mixq_compile.errors import MixqError, OptionError
@@ -20,6 +19,7 @@ from mixq_compile.ir.linears import is_conv1d, is_plain_linear
 from mixq_compile.ir.names import normalise_fqn
 from mixq_compile.ir.nested_rows import nested_rows
 from mixq_compile.scheme import DEFAULT_THRESHOLD
+from mixq_compile.version import __version__
 
 
 def calibrate(

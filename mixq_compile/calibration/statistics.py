@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixq_compile.calibration import statistics_file
 from mixq_compile.errors import OptionError, StatisticsError
 
 SCHEMA_VERSION = 1
@@ -233,10 +235,26 @@ class CalibrationStats:
 
         Raises StatisticsError where the file cannot be written.
         """
-        # Here and in load, because statistics_file imports this module.
-        from mixq_compile.calibration import statistics_file
-
-        statistics_file.write(self, Path(path))
+        facts = {
+            "schema_version": SCHEMA_VERSION,
+            "package_version": self.package_version,
+            "model_class": self.model_class,
+            "dtype": self.dtype,
+            "total_rows": self.total_rows,
+            "thresholds": self.thresholds,
+            "never_run": self.never_run,
+            "linears": {
+                fqn: {"rows": entry.rows, "nonfinite_rows": entry.nonfinite_rows}
+                for fqn, entry in self.linears.items()
+            },
+            "sha256": self.sha256(),
+        }
+        tensors = {
+            f"{fqn}.{field}": getattr(entry, field)
+            for fqn, entry in self.linears.items()
+            for field in TENSOR_FIELDS
+        }
+        statistics_file.write(Path(path), facts, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationStats:
@@ -245,15 +263,45 @@ class CalibrationStats:
         Raises StatisticsError where the file is missing, damaged, no statistics, or of another
         schema version.
         """
-        from mixq_compile.calibration import statistics_file
+        facts, tensors = statistics_file.read(Path(path), SCHEMA_VERSION)
+        damaged = functools.partial(statistics_file.unreadable, Path(path))
+        try:
+            stats = cls._assemble(facts, tensors)
+            expected = facts["sha256"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(f"it is damaged: {type(error).__name__} {error}") from error
+        if stats.sha256() != expected:
+            raise damaged("it is damaged: its numbers do not have the sha256 that its header names")
+        return stats
 
-        return statistics_file.read(Path(path))
+    @classmethod
+    def _assemble(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CalibrationStats:
+        """The statistics that facts and tensors of a file stand for."""
+        linears: dict[str, LinearStatistics] = {}
+        for fqn, counts in facts["linears"].items():
+            fields = {field: tensors[f"{fqn}.{field}"] for field in TENSOR_FIELDS}
+            channels = fields["absmax"].shape[0]
+            for field, dtype in TENSOR_FIELDS.items():
+                expected = (len(facts["thresholds"]), channels) if field == "rows_above" else (channels,)
+                if fields[field].dtype != dtype or fields[field].shape != expected:
+                    raise ValueError(f"{fqn}.{field} is not {dtype} of shape {expected}")
+            linears[fqn] = LinearStatistics(
+                fqn=fqn, rows=int(counts["rows"]), nonfinite_rows=int(counts["nonfinite_rows"]), **fields
+            )
+        return cls(
+            linears=linears,
+            never_run=tuple(facts["never_run"]),
+            thresholds=tuple(facts["thresholds"]),
+            model_class=str(facts["model_class"]),
+            dtype=str(facts["dtype"]),
+            package_version=str(facts["package_version"]),
+        )
 
-    @cached_property
+    @functools.cached_property
     def _names(self) -> frozenset[str]:
         return frozenset((*self.linears, *self.never_run))
 
-    @cached_property
+    @functools.cached_property
     def _names_by_suffix(self) -> dict[str, list[str]]:
         by_suffix: dict[str, list[str]] = defaultdict(list)
         for name in self._names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +12,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mixq_compile.calibration.statistics import (
-    SCHEMA_VERSION,
-    TENSOR_FIELDS,
-    CalibrationStats,
-    LinearStatistics,
-)
 from mixq_compile.errors import StatisticsError
 
 METADATA_KEY = "mixq_calibration"
 
 
-def write(stats: CalibrationStats, path: Path) -> None:
-    """Writes the statistics so that `path` holds the old file or the whole new one, never a part.
+def write(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes facts and tensors so that `path` holds the old file or the whole new one, never a part.
 
     Raises StatisticsError where the file cannot be written.
     """
-    facts = {
-        "schema_version": SCHEMA_VERSION,
-        "package_version": stats.package_version,
-        "model_class": stats.model_class,
-        "dtype": stats.dtype,
-        "total_rows": stats.total_rows,
-        "thresholds": stats.thresholds,
-        "never_run": stats.never_run,
-        "linears": {
-            fqn: {"rows": entry.rows, "nonfinite_rows": entry.nonfinite_rows}
-            for fqn, entry in stats.linears.items()
-        },
-        "sha256": stats.sha256(),
-    }
     # Cloned because safetensors refuses tensors that share memory, as those of a shared module may.
-    tensors = {
-        f"{fqn}.{field}": getattr(entry, field).clone().contiguous()
-        for fqn, entry in stats.linears.items()
-        for field in TENSOR_FIELDS
-    }
-    content = save(tensors, metadata={METADATA_KEY: json.dumps(facts)})
+    owned = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    content = save(owned, metadata={METADATA_KEY: json.dumps(facts)})
     # In the same folder, because a rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -66,8 +43,8 @@ def write(stats: CalibrationStats, path: Path) -> None:
         ) from error
 
 
-def read(path: Path) -> CalibrationStats:
-    """The statistics in `path`.
+def read(path: Path, schema_version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The facts and tensors in `path`.
 
     Raises StatisticsError where the file is missing, damaged, no statistics, or of another schema
     version.
@@ -78,29 +55,22 @@ def read(path: Path) -> CalibrationStats:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except OSError as error:
-        raise _unreadable(path, error.strerror or str(error), "Give the path of a saved file.") from error
+        raise unreadable(path, error.strerror or str(error), "Give the path of a saved file.") from error
     except SafetensorError as error:
-        raise _unreadable(path, f"it is damaged, cut short, or no safetensors file ({error})") from error
-    facts = _facts(path, metadata)
-    try:
-        stats = _assemble(facts, tensors)
-        expected = facts["sha256"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _unreadable(path, f"it is damaged: {type(error).__name__} {error}") from error
-    if stats.sha256() != expected:
-        raise _unreadable(path, "it is damaged: its numbers do not have the sha256 that its header names")
-    return stats
+        raise unreadable(path, f"it is damaged, cut short, or no safetensors file ({error})") from error
+    return _facts(path, metadata, schema_version), tensors
 
 
-def _unreadable(
+def unreadable(
     path: Path, why: str, remedy: str = "Calibrate the model again, or copy the file again."
 ) -> StatisticsError:
+    """The error for a file that cannot be used: why, and what to do."""
     return StatisticsError(f"cannot read statistics from {path}: {why}. {remedy}")
 
 
-def _facts(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _facts(path: Path, metadata: dict[str, str], schema_version: int) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
-        raise _unreadable(
+        raise unreadable(
             path,
             "it is a safetensors file without calibration statistics (a model's weights, perhaps)",
             "Give a file that CalibrationStats.save or `mixq calibrate` wrote.",
@@ -108,34 +78,12 @@ def _facts(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     try:
         facts = json.loads(metadata[METADATA_KEY])
     except ValueError as error:
-        raise _unreadable(path, f"its header is damaged ({error})") from error
+        raise unreadable(path, f"its header is damaged ({error})") from error
     version = facts.get("schema_version") if isinstance(facts, dict) else None
-    if version != SCHEMA_VERSION:
-        raise _unreadable(
+    if version != schema_version:
+        raise unreadable(
             path,
-            f"it has schema version {version!r}, and this release reads version {SCHEMA_VERSION}",
+            f"it has schema version {version!r}, and this release reads version {schema_version}",
             "Calibrate the model again with this release, or use the release that wrote it.",
         )
     return dict(facts)
-
-
-def _assemble(facts: dict[str, Any], tensors: dict[str, Tensor]) -> CalibrationStats:
-    linears: dict[str, LinearStatistics] = {}
-    for fqn, counts in facts["linears"].items():
-        fields = {field: tensors[f"{fqn}.{field}"] for field in TENSOR_FIELDS}
-        channels = fields["absmax"].shape[0]
-        for field, dtype in TENSOR_FIELDS.items():
-            expected = (len(facts["thresholds"]), channels) if field == "rows_above" else (channels,)
-            if fields[field].dtype != dtype or fields[field].shape != expected:
-                raise ValueError(f"{fqn}.{field} is not {dtype} of shape {expected}")
-        linears[fqn] = LinearStatistics(
-            fqn=fqn, rows=int(counts["rows"]), nonfinite_rows=int(counts["nonfinite_rows"]), **fields
-        )
-    return CalibrationStats(
-        linears=linears,
-        never_run=tuple(facts["never_run"]),
-        thresholds=tuple(facts["thresholds"]),
-        model_class=str(facts["model_class"]),
-        dtype=str(facts["dtype"]),
-        package_version=str(facts["package_version"]),
-    )

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from mixq_compile import __version__
 from mixq_compile.cli.area import area
 from mixq_compile.cli.bench import BENCHMARKS, SUMMARY
 from mixq_compile.cli.bisect import bisect
@@ -25,6 +24,7 @@ from mixq_compile.cli.pipelines import pipelines
 from mixq_compile.cli.quantize import quantize
 from mixq_compile.cli.running import command
 from mixq_compile.cli.tune import tune
+from mixq_compile.version import __version__
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,

@@ -18,7 +18,8 @@ from mixq_compile.benchmarking.layer_errors import layer_errors
 from mixq_compile.cli.output import step
 from mixq_compile.evaluation import sqnr
 from mixq_compile.inspection.layers import calibrated_columns
-from mixq_compile.scheme import DEFAULT_THRESHOLD, get_scheme
+from mixq_compile.scheme import DEFAULT_THRESHOLD
+from mixq_compile.schemes.registry import get_scheme
 
 if TYPE_CHECKING:
     from mixq_compile.cli.capturing import Captured

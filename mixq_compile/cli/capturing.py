@@ -241,8 +241,10 @@ def _example(loaded: LoadedModel, batch: str) -> dict[str, Any]:
     if getattr(loaded.model, "main_input_name", "input_ids") == "pixel_values":
         size, channels = config.image_size, getattr(config, "num_channels", 3)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(sequences, channels, height, width, generator=generator)
+        images = torch.randn(
+            sequences, channels, height, width,
+            dtype=torch.float32, device="cpu", generator=torch.Generator("cpu").manual_seed(0),
+        )  # fmt: skip
         return {"pixel_values": images.to(loaded.device, next(loaded.model.parameters()).dtype)}
     tokens = min(tokens, int(getattr(config, "max_position_embeddings", 0) or tokens))
     texts = documentation(sequences, words=tokens)

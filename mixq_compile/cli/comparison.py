@@ -20,7 +20,7 @@ from mixq_compile.errors import MixqError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mixq_compile.runtime.report import Report
+    from mixq_compile.runtime.report_tables import Report
 
 NAIVE_SCHEME = "w8a8"
 REASONS_SHOWN = 3

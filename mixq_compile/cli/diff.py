@@ -15,7 +15,7 @@ from mixq_compile.cli.options import Json, valid
 from mixq_compile.cli.output import console, print_json
 from mixq_compile.cli.running import FAILURE
 from mixq_compile.errors import OptionError
-from mixq_compile.scheme import get_scheme, scheme_names
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 if TYPE_CHECKING:
     from mixq_compile.inspection.inspection import Inspection

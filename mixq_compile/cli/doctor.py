@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mixq_compile import __version__
 from mixq_compile.cli.options import Json
 from mixq_compile.cli.output import console, print_json, print_table
-from mixq_compile.scheme import get_scheme, scheme_names
+from mixq_compile.schemes.registry import get_scheme, scheme_names
+from mixq_compile.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console

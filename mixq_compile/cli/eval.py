@@ -23,7 +23,7 @@ from mixq_compile.cli.options import (
 )
 from mixq_compile.cli.output import console, print_json, print_table
 from mixq_compile.errors import OptionError
-from mixq_compile.scheme import scheme_names
+from mixq_compile.schemes.registry import scheme_names
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,7 +17,7 @@ from mixq_compile.errors import OptionError
 if TYPE_CHECKING:
     from mixq_compile.calibration import CalibrationStats
     from mixq_compile.evaluation import PerplexityResult
-    from mixq_compile.runtime.report import Report
+    from mixq_compile.runtime.report_tables import Report
 
 CALIBRATION_WINDOWS = 128
 PROMPT_WORDS = 8

@@ -24,7 +24,7 @@ from mixq_compile.cli.options import (
     valid,
 )
 from mixq_compile.errors import OptionError
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 if TYPE_CHECKING:
     from mixq_compile.ir.graph import CapturedGraph

@@ -26,8 +26,9 @@ def compare(scheme: str, threshold: float | None) -> dict[str, Any]:
     torch.manual_seed(0)
     linear = nn.Linear(IN_FEATURES, OUT_FEATURES, bias=False, device="cuda", dtype=torch.bfloat16)
     linear.requires_grad_(False)
-    x = torch.randn(ROWS, IN_FEATURES, device="cuda")
-    x[:, torch.randperm(IN_FEATURES, device="cuda")[:OUTLIERS]] *= OUTLIER_SIZE
+    x = torch.randn(ROWS, IN_FEATURES, dtype=torch.float32, device="cuda")
+    order = torch.randperm(IN_FEATURES, dtype=torch.int64, device="cuda")
+    x[:, order[:OUTLIERS]] *= OUTLIER_SIZE
     x = x.bfloat16()
     exact = x.double() @ linear.weight.double().t()
     options: dict[str, Any] = {"scheme": scheme, "threshold": threshold, "force": True}

@@ -131,7 +131,7 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> Loaded
             raise OptionError(
                 f"{source} is quantized and keeps the dtype it was quantized in: leave out --dtype."
             )
-        from mixq_compile.runtime.checkpoint import load_pretrained
+        from mixq_compile.runtime.checkpoint_loading import load_pretrained
 
         return _with_tokenizer(source, str(folder), load_pretrained(folder, target), quantized=True)
     if folder.is_dir():

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from mixq_compile.errors import OptionError, unknown_name
-from mixq_compile.scheme import MISS_POLICIES, OutlierPolicy, get_scheme, scheme_names
+from mixq_compile.scheme import MISS_POLICIES, OutlierPolicy
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOWERINGS = ("inductor", "aot_eager", "eager")

@@ -20,10 +20,10 @@ from mixq_compile.cli.options import (
 )
 from mixq_compile.cli.output import console, mebibytes, print_json, print_table
 from mixq_compile.errors import MixqError, OptionError
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 if TYPE_CHECKING:
-    from mixq_compile.runtime.report import Report
+    from mixq_compile.runtime.report_tables import Report
 
 
 def quantize(
@@ -61,7 +61,7 @@ def quantize(
     Example: [bold]mixq quantize MODEL --output quantized --scheme w8a8o16[/bold]
     """
     from mixq_compile.cli.models import load_model
-    from mixq_compile.runtime.checkpoint import save_pretrained
+    from mixq_compile.runtime.checkpoint_saving import save_pretrained
     from mixq_compile.runtime.quantize import quantize as swap
     from mixq_compile.runtime.report import report as report_on
 

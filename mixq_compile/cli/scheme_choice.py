@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixq_compile.errors import OptionError, unknown_name
-from mixq_compile.scheme import OutlierPolicy, get_scheme
+from mixq_compile.scheme import OutlierPolicy
+from mixq_compile.schemes.registry import get_scheme
 
 NONE = "none"
 """Stands for full precision, which is always evaluated."""

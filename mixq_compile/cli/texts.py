@@ -49,7 +49,7 @@ def batches(ids: list[list[int]], batch: int) -> list[dict[str, Tensor]]:
     for window in ids:
         by_length[len(window)].append(window)
     return [
-        {"input_ids": torch.tensor(group[start : start + batch])}
+        {"input_ids": torch.tensor(group[start : start + batch], dtype=torch.int64, device="cpu")}
         for group in by_length.values()
         for start in range(0, len(group), batch)
     ]
@@ -113,4 +113,7 @@ def encode(texts: list[str], tokenizer: Any | None, length: int, vocabulary: int
             row = tokenizer(text, truncation=True, max_length=length)["input_ids"]
             ids.append(row + [padding] * (length - len(row)))
             mask.append([1] * len(row) + [0] * (length - len(row)))
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.int64, device="cpu"),
+        "attention_mask": torch.tensor(mask, dtype=torch.int64, device="cpu"),
+    }

@@ -109,7 +109,7 @@ def compare_generation(reference_text: str, text: str, tokenizer: Any | None = N
 def _generate(
     model: Any, tokenizer: Any, prompt_tokens: list[int], max_new_tokens: int, kwargs: dict[str, Any]
 ) -> list[int]:
-    ids = torch.tensor([prompt_tokens], device=model_device(model))
+    ids = torch.tensor([prompt_tokens], dtype=torch.int64, device=model_device(model))
     options = {
         "attention_mask": torch.ones_like(ids),
         "do_sample": False,
@@ -133,7 +133,7 @@ def _step_by_step(
             if context is not None and len(tokens) >= context:
                 break
             length = rounded_up(len(tokens), LENGTH_STEP, context or len(tokens) + LENGTH_STEP)
-            ids = torch.tensor([padded(tokens, length)], device=device)
+            ids = torch.tensor([padded(tokens, length)], dtype=torch.int64, device=device)
             tokens.append(int(causal_logits(model, ids)[0, len(tokens) - 1].argmax()))
             if tokens[-1] in _end_tokens(model, tokenizer):
                 break

@@ -48,7 +48,9 @@ def total_nll(
     with evaluation_mode(model):
         for batch, length in _with_progress(batches, progress):
             rows = batch if pad_to is None else [*batch, *batch[:1] * (batch_size - len(batch))]
-            ids = torch.tensor([padded(window.tokens, length) for window in rows], device=device)
+            ids = torch.tensor(
+                [padded(window.tokens, length) for window in rows], dtype=torch.int64, device=device
+            )
             logits = causal_logits(model, ids)
             for row, window in enumerate(batch):
                 total += _window_nll(logits[row], ids[row], window)

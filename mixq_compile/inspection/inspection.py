@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mixq_compile import __version__
 from mixq_compile.errors import OptionError
 from mixq_compile.inspection.cost import DeviceFigures, costs_of
 from mixq_compile.inspection.layers import LayerSummary, layers_of
 from mixq_compile.pipeline.history import History
+from mixq_compile.version import __version__
 
 FORMAT = "mixq-inspection"
 SCHEMA_VERSION = 1

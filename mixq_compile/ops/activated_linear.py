@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from mixq_compile.errors import OperandError
+from mixq_compile.ops import operand_checks
 from mixq_compile.ops.declarations import LAYOUT
 from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.weight_codes import weight_bits
 
 FUNCTIONS = ("relu", "silu", "gelu", "gelu_tanh")
 """`gelu` is the exact one, by the error function."""
+
+
+_LINEAR = operand_checks.Operands("activated_linear", x="float * _", **operand_checks.PRODUCT)
+_READ_LINEAR = operand_checks.Operands("activated_linear", x="float * K", **operand_checks.PRODUCT)
+
+
+def _check_halves(weight_codes: Tensor, gated: bool) -> None:
+    """Raises OperandError where a gated linear has no two halves."""
+    if gated and weight_codes.shape[0] % 2:
+        raise OperandError(
+            f"mixq::activated_linear: weight_codes has {weight_codes.shape[0]} rows: a gated linear must "
+            "have an even number, those of the gates and then those of the values."
+        )
 
 
 @torch.library.custom_op("mixq::activated_linear", mutates_args=(), tags=LAYOUT)
@@ -36,10 +50,14 @@ def activated_linear(
     All but function and gated is as in `mixed_linear`. Returns `[..., N]`, where gated `[..., N / 2]`, in x's
     dtype: computed in fp32 and rounded once, but at most `small_m` rows round y too.
     """
+    (_READ_LINEAR if small_m else _LINEAR).check(
+        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias
+    )
+    _check_halves(weight_codes, gated)
     return run(  # type: ignore[no-any-return]
         "activated_linear", kernel, x, weight_bits(weight_codes),
-        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, function, gated,
-        small_m,
+        x, codes, scale, outliers, count, weight_codes, weight_scale, STATES.cache(outlier_weight), bias,
+        function, gated, small_m,
     )  # fmt: skip
 
 
@@ -56,8 +74,13 @@ def _(
     bias: Tensor | None,
     function: str,
     gated: bool,
-    *others: Any,
+    small_m: int,
+    kernel: str,
 ) -> Tensor:
+    (_READ_LINEAR if small_m else _LINEAR).examine(
+        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias
+    )
+    _check_halves(weight_codes, gated)
     features = weight_codes.shape[0]
     return x.new_empty((*x.shape[:-1], features // 2 if gated else features))
 

@@ -10,16 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixq_compile.ops.declarations import (
-    LAYOUT,
-    mixed_linear,
-    quantize,
-    quantize_online,
-    refresh_outlier_weights,
-    weight_only_linear,
-)
+from mixq_compile.ops import operand_checks
+from mixq_compile.ops.declarations import LAYOUT
 from mixq_compile.ops.outlier_state import STATE_FIELDS
-from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
+from mixq_compile.ops.providers import AUTO, linear_query, run, small_batch_limit
+from mixq_compile.ops.state_access import STATES, state_access
 from mixq_compile.ops.weight_codes import weight_bits
 from mixq_compile.scheme import OutlierPolicy
 
@@ -74,29 +69,68 @@ def linear(
     activation_bits 16 is weight-only; C = 0 slots or the policy `static` never learn columns.
     original is the 16-bit weight or an empty tensor. policy is what `policy_text` writes.
     """
-    miss, _ = parse_policy(policy)
+    operand_checks.LINEAR.check(
+        x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters, effective_threshold,
+        cached_index, outlier_weight, original,
+    )  # fmt: skip
+    # Not through the operators: each would cost a dispatch and check again what fits already.
     if activation_bits == 16:
-        return weight_only_linear(x, weight_codes, weight_scale, bias, AUTO)  # type: ignore[no-any-return]
+        return run(  # type: ignore[no-any-return]
+            "weight_only_linear", AUTO, x, weight_bits(weight_codes), x, weight_codes, weight_scale, bias
+        )
+    with state_access(x.device):
+        return _mixed(
+            x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters,
+            effective_threshold, cached_index, outlier_weight, original, activation_bits,
+            batch_invariant, policy,
+        )  # fmt: skip
+
+
+def _mixed(
+    x: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    column_slot: Tensor,
+    column_max: Tensor,
+    counters: Tensor,
+    effective_threshold: Tensor,
+    cached_index: Tensor,
+    outlier_weight: Tensor,
+    original: Tensor,
+    activation_bits: int,
+    batch_invariant: bool,
+    policy: str,
+) -> Tensor:
+    """Quantization and product, one after the other."""
+    miss, _ = parse_policy(policy)
+    bits = weight_bits(weight_codes)
     small_m = small_batch_limit_of(x, weight_codes, column_slot.shape[0], batch_invariant)
     if miss == "static" or index.shape[0] == 0:
         count = counters
-        codes, scale, outliers = quantize(x, index, column_slot, counters, activation_bits, small_m, AUTO)
+        codes, scale, outliers = run(
+            "quantize", AUTO, x, 8, x, index, column_slot, counters, activation_bits, small_m
+        )
     else:
-        codes, scale, outliers, count = quantize_online(
-            x, index, column_slot, column_max, counters, effective_threshold,
-            activation_bits, miss, small_m, AUTO,
+        codes, scale, outliers, count = run(
+            "quantize_online", AUTO, x, 8,
+            x, index, column_slot, column_max, counters, effective_threshold, activation_bits, miss, small_m,
         )  # fmt: skip
     if index.shape[0]:
-        refresh_outlier_weights(
+        index, (cached_index,), (outlier_weight,) = STATES.own_caches(index, [cached_index], [outlier_weight])
+        run(
+            "refresh_outlier_weights", AUTO, outlier_weight, 8,
             codes, index, count, [cached_index], [outlier_weight], [weight_codes], [weight_scale],
-            [original], small_m, AUTO,
+            [original], small_m,
         )  # fmt: skip
-    return mixed_linear(  # type: ignore[no-any-return]
-        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias,
-        small_m, AUTO,
+    return run(  # type: ignore[no-any-return]
+        "mixed_linear", AUTO, x, bits,
+        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, small_m,
     )  # fmt: skip
 
 
 @linear.register_fake
 def _(x: Tensor, weight_codes: Tensor, *others: Any) -> Tensor:
+    operand_checks.LINEAR.examine(x, weight_codes, *others[:10])
     return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))

@@ -13,8 +13,17 @@ from mixq_compile.errors import OptionError
 COUNT, OVERFLOW, FLAG, FROZEN = range(4)
 """Places in `OutlierState.counters`."""
 
+HELD = 2
+"""Added to `counters[FROZEN]` while `hold_states` lasts: what is not 0 there learns nothing."""
+
 STATE_FIELDS = ("index", "column_slot", "column_max", "counters", "effective_threshold")
 """The buffers, in the order in which operators take them."""
+
+
+TEACHING_LIMIT = 2.0**23
+"""A row teaches columns only where its fp32 scale is below this: at 8 bit, magnitudes of about 1e9 outside
+the outlier columns. Larger ones are uninitialised or made-up values, which would keep every slot for good.
+The scale of a row that is not finite is NaN, and so is not below it either."""
 
 
 @dataclass
@@ -64,10 +73,10 @@ class OutlierState:
 
     def reset(self) -> None:
         """Forgets every column found online, in place; calibrated ones stay, and so does freezing by them."""
-        frozen = self.counters[FROZEN].clone() if self.calibrated else 0
+        kept = self.counters[FROZEN] & (HELD | 1 if self.calibrated else HELD)
         self._clear()
         self._write(self.calibrated)
-        self.counters[FROZEN] = frozen
+        self.counters[FROZEN] = kept
 
     def _clear(self) -> None:
         self.index.zero_()
@@ -78,7 +87,23 @@ class OutlierState:
 
     def freeze(self) -> None:
         """Keeps the columns known now: later calls enlarge the row scale instead of adding one."""
-        self.counters[FROZEN] = 1
+        self.counters[FROZEN] |= 1
+
+    @property
+    def held(self) -> bool:
+        """True between `hold` and `let_go`; waits for the device."""
+        return not self.counters.is_meta and bool(self.counters[FROZEN] & HELD)
+
+    def hold(self) -> bool:
+        """Learns nothing until `let_go`; False where it was held already."""
+        if self.held:
+            return False
+        self.counters[FROZEN] |= HELD
+        return True
+
+    def let_go(self) -> None:
+        """Ends `hold`: frozen is what was frozen before, or meanwhile."""
+        self.counters[FROZEN] &= ~HELD
 
     def preload(self, columns: Sequence[int], column_max: Sequence[float] | None = None) -> None:
         """Starts with these columns (calibrated), ascending, in place of those known so far.
@@ -102,7 +127,8 @@ class OutlierState:
         device = self.index.device
         chosen = torch.tensor([column for column, _ in entries], dtype=torch.int32, device=device)
         self.index[: len(entries)] = chosen
-        self.column_max[: len(entries)] = torch.tensor([value for _, value in entries], device=device)
+        maxima = torch.tensor([value for _, value in entries], dtype=torch.float32, device=device)
+        self.column_max[: len(entries)] = maxima
         self.column_slot[chosen.long()] = torch.arange(len(entries), dtype=torch.int32, device=device)
         self.counters[COUNT] = len(entries)
 

@@ -13,6 +13,7 @@ import logging
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from mixq_compile.errors import KernelError, unknown_name
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+_KERNELS_FOLDER = Path(__file__).parent.parent / "kernels"
+_KERNELS = f"{__name__.split('.', maxsplit=1)[0]}.{_KERNELS_FOLDER.name}"
+"""Where providers lie; they are found by being there, whichever there are."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def provider(
 def load_providers() -> tuple[str, ...]:
     """Imports every module of every folder in `mixq_compile/kernels` once; returns the folders' names."""
     for name in provider_names():
-        package = importlib.import_module(f"mixq_compile.kernels.{name}")
+        package = importlib.import_module(f"{_KERNELS}.{name}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
     return provider_names()
@@ -159,13 +163,19 @@ def named(op: str, name: str) -> Provider:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
+def _chosen(op: str, device: torch.device, dtype: torch.dtype, weight_bits: int) -> Callable[..., Any]:
+    """The function that `choose` chooses; in every call, where a query costs microseconds to hash."""
+    return choose(KernelQuery(op, device, dtype, weight_bits)).function
+
+
 def run(op: str, kernel: str, x: torch.Tensor, weight_bits: int, *arguments: Any) -> Any:
     """Calls the chosen provider (`kernel` is its name or `"auto"`) with the operator's arguments.
 
     `x` is a tensor whose device and dtype decide under `"auto"`.
     """
     if kernel == AUTO:
-        return choose(KernelQuery(op, x.device, x.dtype, weight_bits)).function(*arguments)
+        return _chosen(op, x.device, x.dtype, weight_bits)(*arguments)
     return named(op, kernel).function(*arguments)
 
 
@@ -182,8 +192,7 @@ def supporting(query: KernelQuery, kernel: str) -> Provider:
 
 def provider_names() -> tuple[str, ...]:
     """Names of all providers; imports none."""
-    kernels = importlib.import_module("mixq_compile.kernels")
-    return tuple(sorted(folder.name for folder in pkgutil.iter_modules(kernels.__path__)))
+    return tuple(sorted(folder.name for folder in pkgutil.iter_modules([str(_KERNELS_FOLDER)])))
 
 
 def linear_query(

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixq_compile.ops import operand_checks
 from mixq_compile.ops.declarations import LAYOUT
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import declare, run
+from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
 
 ACTIVATIONS = ("none", "relu", "gelu")
@@ -42,15 +44,20 @@ def quantized_linear(
     state, bits and miss policy are those of the value `[..., N]`. Its outliers have the dtype of the
     linear's. Kernels need not round the value to that dtype before quantizing it.
     """
+    operand_checks.QUANTIZED_LINEAR.check(
+        codes, index, column_slot, column_max, counters, effective_threshold, scale, outliers, count,
+        weight_codes, weight_scale, outlier_weight, bias,
+    )  # fmt: skip
     return run(  # type: ignore[no-any-return]
         "quantized_linear", kernel, outliers, weight_bits(weight_codes),
         codes, index, column_slot, column_max, counters, effective_threshold, scale, outliers, count,
-        weight_codes, weight_scale, outlier_weight, bias, activation, bits, miss,
+        weight_codes, weight_scale, STATES.cache(outlier_weight), bias, activation, bits, miss,
     )  # fmt: skip
 
 
 @quantized_linear.register_fake
 def _(codes: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operand_checks.QUANTIZED_LINEAR.examine(codes, index, *others[:11])
     outliers, weight_codes = others[5], others[7]
     leading, features = codes.shape[:-1], weight_codes.shape[0]
     padded = (features + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT

@@ -64,7 +64,8 @@ def _clip_search(weight: Tensor, largest: Tensor, fmt: TensorFormat) -> Tensor:
     largest_codes = torch.full_like(largest, fmt.largest_code)
     best_scale = largest / largest_codes
     best_error = torch.full_like(largest, torch.inf)
-    for ratio in torch.linspace(1.0, SMALLEST_CLIP, CLIP_CANDIDATES).tolist():
+    ratios = torch.linspace(1.0, SMALLEST_CLIP, CLIP_CANDIDATES, dtype=torch.float32, device="cpu")
+    for ratio in ratios.tolist():
         scale = (largest * ratio) / largest_codes
         error = (_codes_for(weight, scale, fmt) * scale[:, None] - weight).square_().sum(dim=1)
         better = error < best_error

@@ -19,7 +19,8 @@ from mixq_compile.ir.roles import LM_HEAD, OTHER, ROUTER
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
 from mixq_compile.pipeline import Decision, Pass, PassContext
-from mixq_compile.scheme import QuantScheme, get_scheme
+from mixq_compile.scheme import QuantScheme
+from mixq_compile.schemes.registry import get_scheme
 
 EMBEDDINGS = (nn.functional.embedding, torch.ops.aten.embedding.default)
 SMALLEST_FEATURES = 16

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mixq_compile.errors import OptionError
@@ -121,14 +118,3 @@ class History:
             initial=Snapshot.from_json(data["initial"]) if data["initial"] is not None else None,
             records=[PassRecord.from_json(record) for record in data["records"]],
         )
-
-    def print(self) -> None:
-        """Prints the table of passes to the terminal."""
-        # The renderers stand above this layer, so they are found by name when a view is asked for.
-        importlib.import_module("mixq_compile.inspection.text").print_history(self)
-
-    def save_html(self, path: str | os.PathLike[str], model: str = "") -> None:
-        """Writes a report that a browser opens without a network; `model` is its title."""
-        inspection = importlib.import_module("mixq_compile.inspection.inspection")
-        made = inspection.Inspection(model, "", (inspection.InspectedGraph.of(self),))
-        importlib.import_module("mixq_compile.inspection.html").save_html(made, Path(path))

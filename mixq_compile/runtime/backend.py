@@ -69,10 +69,33 @@ def _compile_graph(
         _warn_if_idle(linears)
     compiled = CompiledGraph(graph, example_inputs, options)
     if options.release_weights:
-        packed = [tensor for tensor in compiled.dropped if STORE.codes(tensor)]
-        freed = release(packed)
-        log.info("release_weights: freed the 16-bit weights of %d of %d linears", len(freed), len(packed))
+        _release(compiled, linears)
     return compiled
+
+
+def _release(compiled: CompiledGraph, linears: Sequence[LinearRecord]) -> None:
+    """Frees the packed weights that the graph no longer reads; says which it kept, and why."""
+    unread = {id(tensor) for tensor in compiled.dropped}
+    weights = {
+        id(weight): (weight, linear.fqn)
+        for linear in linears
+        if linear.weight is not None and (weight := linear.weight()) is not None and STORE.codes(weight)
+    }
+    packed = [weight for key, (weight, _) in weights.items() if key in unread]
+    outcome = release(packed, [weight for key, (weight, _) in weights.items() if key not in unread])
+    log.info(
+        "release_weights: freed the 16-bit weights of %d of %d linears", len(outcome.freed), len(weights)
+    )
+    reasons: dict[str, list[str]] = {}
+    for weight, reason in outcome.kept:
+        reasons.setdefault(reason, []).append(weights[id(weight)][1])
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(
+            f"release_weights kept the 16-bit weights of {len(names)} of {len(weights)} linears: {reason} "
+            f"({', '.join(names[:5])}{more}). They run quantized and take their memory as before.",
+            stacklevel=3,
+        )
 
 
 def _parameters(graph: CapturedGraph) -> list[Tensor]:

@@ -149,7 +149,7 @@ class BySqnr:
             return Verdict(False, "it returns tensors of other shapes")
         figures = [self.sqnr(wanted, got) for wanted, got in zip(self.reference, outputs, strict=True)]
         # Of torch, because Python's min overlooks a NaN.
-        figure = float(torch.tensor(figures, dtype=torch.float64).min())
+        figure = float(torch.tensor(figures, dtype=torch.float64, device="cpu").min())
         return Verdict(figure >= self.least_db, f"SQNR {figure:.1f} dB", figure)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +15,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from mixq_compile.errors import MixqError, ReleasedWeightError
+from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.without_data import has_data
+from mixq_compile.ops.state_access import state_access
 from mixq_compile.runtime import torch_compat
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.weight_store import STORE, WeightCodes
+from mixq_compile.runtime.weight_watch import WeightWatch
 
 
 def copy_graph_module(module: GraphModule, without: Collection[Node] = ()) -> GraphModule:
@@ -64,6 +70,7 @@ class CompiledGraph:
         """The parameters and buffers that the lowered graph does not read."""
         self._kept = [place for place, node in enumerate(placeholders) if node not in unread]
         self._packed: list[tuple[int, list[WeightCodes]]] = []
+        watched: list[tuple[int, Tensor, WeightCodes]] = []
         self._trainable: list[int] = []
         self._activations: list[tuple[int, str]] = []
         for place, (node, tensor) in enumerate(zip(placeholders, owned, strict=True)):
@@ -71,6 +78,8 @@ class CompiledGraph:
                 self._trainable.append(place)
                 if codes := STORE.codes(tensor):
                     self._packed.append((place, codes))
+                    if has_data(tensor) and not STORE.is_released(tensor):
+                        watched.append((place, tensor, codes[-1]))
             elif isinstance(example_inputs[place], Tensor):
                 self._activations.append((place, node.name))
         self._read = [
@@ -79,6 +88,9 @@ class CompiledGraph:
             if owned[place] is not None
         ]
         self._check_released([owned[place] for place in self._kept])
+        self.watch = WeightWatch(watched)
+        """Looks for writes to the packed weights that torch does not count."""
+        self._accesses = _accesses(graph)
         module = copy_graph_module(graph.module, unread)
         torch_compat.register_attribute_sources(module, list(graph.attached))
         with torch.no_grad():
@@ -106,18 +118,56 @@ class CompiledGraph:
                     "graph of the model was compiled. Load the model again and leave that option out."
                 )
 
-    def __call__(self, *arguments: Any) -> Any:
-        """Runs the graph on Dynamo's arguments, parameters included."""
-        self._check_gradients(arguments)
+    def access(self) -> AbstractContextManager[None]:
+        """The context of a call: of every device on which it reads codes, states and caches."""
+        return self._accesses[0] if len(self._accesses) == 1 else _all_of(self._accesses)
+
+    def _pack_written(self, arguments: Sequence[Any]) -> None:
+        """Packs weights again that were written since."""
         for place, packed in self._packed:
             now = torch_compat.fingerprint(arguments[place])
             if any(codes.packed_from != now for codes in packed):
                 STORE.refresh(arguments[place])
+        self.watch.look(arguments)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the graph on Dynamo's arguments, parameters included."""
+        self._check_gradients(arguments)
+        self._pack_written(arguments)
         kept = [arguments[place] for place in self._kept]
         if self._releases != STORE.releases:
             self._check_released(kept)
-        with torch.no_grad():
-            return self._run(*kept)
+        begin = time.perf_counter()
+        with self.access(), torch.no_grad():
+            result = self._run(*kept)
+        self.watch.ran(time.perf_counter() - begin)
+        return result
+
+
+def _accesses(graph: CapturedGraph) -> list[AbstractContextManager[None]]:
+    """The contexts of a call: one for each device on which it reads codes, states and caches.
+
+    On a GPU kernels read what they were given in the order of their stream, and only calls that learn
+    need an order among several streams.
+    """
+    devices = set()
+    for node in graph.graph.nodes:
+        if getattr(node.target, "namespace", None) == "mixq":
+            policy = Annotations(node).policy
+            learns = policy is not None and policy["miss"] in ("exact", "lazy", "per_call")
+            for source in node.all_input_nodes:
+                tensor = graph.tensor(source)
+                if tensor is not None and (learns or tensor.device.type == "cpu"):
+                    devices.add(tensor.device)
+    return [state_access(device) for device in sorted(devices, key=str)]
+
+
+@contextmanager
+def _all_of(contexts: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _lower(module: GraphModule, example_inputs: list[Any], options: MixqOptions) -> Callable[..., Any]:

@@ -12,8 +12,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from mixq_compile.errors import MixqError, OptionError
+from mixq_compile.inspection.shown_history import ShownHistory
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.pipeline import History, PassContext
+from mixq_compile.pipeline import PassContext
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import default_pipeline, pipeline_for
 from mixq_compile.runtime.weight_store import WeightStore
@@ -73,7 +74,7 @@ def compile(
     *,
     example: Example | None = None,
     **options: Any,
-) -> tuple[ExportedProgram, History]:
+) -> tuple[ExportedProgram, ShownHistory]:
     """Rewrites an exported program with a pipeline; returns the new program and its history.
 
     Args:
@@ -101,7 +102,7 @@ def compile(
         rewritten = torch.export.export(
             graph.module, args, kwargs, dynamic_shapes=dynamic_shapes_of(program, args, kwargs), strict=False
         )
-    return rewritten, history
+    return rewritten, ShownHistory.of(history)
 
 
 def dynamic_shapes_of(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixq_compile import ops
+from mixq_compile.errors import OperandError
 from mixq_compile.ir.nested_rows import map_nested_rows
 from mixq_compile.ops.linear import policy_text
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
@@ -16,6 +17,11 @@ from mixq_compile.ops.weight_codes import aligned_empty, dequantize_weight, quan
 from mixq_compile.runtime.freed_weight import FreedWeight, freed_error
 from mixq_compile.scheme import QuantScheme
 
+TRIPWIRE = "weight"
+"""In every saved state of a MixqLinear: NaN of shape [1] under the name of the 16-bit weight.
+
+Whoever loads the state into an ordinary model meets a wrong shape, in place of a linear that stays random.
+"""
 FP32_BUFFERS = ("weight_scale", "column_max", "effective_threshold")
 """Buffers that stay fp32 when the module is cast to another dtype."""
 ASSIGNED = "a weight was assigned, which the codes would not follow"
@@ -39,6 +45,8 @@ class MixqLinear(nn.Module):
     outlier_weight: Tensor
     outlier_source: Tensor
     weight_marker: Tensor
+    held = False
+    """True while `hold_states` lasts."""
 
     def __init__(
         self,
@@ -66,7 +74,7 @@ class MixqLinear(nn.Module):
             "weight_codes",
             aligned_empty((out_features,), codes_columns, codes_dtype, torch.device(device)).zero_(),
         )
-        self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         state = OutlierState.create(
             in_features, capacity, policy.threshold if policy else float("inf"), device
         )
@@ -119,7 +127,7 @@ class MixqLinear(nn.Module):
         if bias is not None and module.bias is not None:
             module.bias.data = bias.detach().clone()
         if keep_original:
-            module.outlier_source = weight.contiguous()
+            module.keep_original(weight.contiguous())
         if columns is not None and scheme.outliers is not None:
             state = module.outlier_state()
             state.preload(columns, column_max)
@@ -130,6 +138,10 @@ class MixqLinear(nn.Module):
             module.outlier_weight[:, : len(chosen)] = weight[:, chosen]
             module.cached_index[: len(chosen)] = module.index[: len(chosen)]
         return module
+
+    def keep_original(self, weight: Tensor) -> None:
+        """Keeps a 16-bit weight `[N, K]` as the source of outlier columns, also in the module's state."""
+        self.register_buffer("outlier_source", weight)
 
     def outlier_state(self) -> OutlierState:
         """A view of this module's outlier buffers."""
@@ -187,9 +199,18 @@ class MixqLinear(nn.Module):
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def forward(self, x: Tensor) -> Tensor:
-        """The quantized linear, learning outlier columns as the scheme's policy says."""
+        """The quantized linear, learning outlier columns as the scheme's policy says.
+
+        Raises OperandError where x does not have `in_features` columns.
+        """
         if x.is_nested:
             return map_nested_rows(self.forward, x)
+        if x.shape[-1:] != (self.in_features,) and not torch.compiler.is_compiling():
+            name = f"{self.fqn}, a {self!r}," if self.fqn else f"a {self!r}"
+            raise OperandError(
+                f"{name} was called with x of shape {list(x.shape)}: its last dimension must be "
+                f"{self.in_features}."
+            )
         return ops.linear(  # type: ignore[no-any-return]
             x, self.weight_codes, self.weight_scale, self.bias,
             self.index, self.column_slot, self.column_max, self.counters, self.effective_threshold,
@@ -203,12 +224,63 @@ class MixqLinear(nn.Module):
         """Shape and scheme, for printing."""
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        # Who asks for the variables looks at the module and saves nothing.
+        if not keep_vars:
+            destination[prefix + TRIPWIRE] = torch.full((1,), torch.nan, device=self.weight_codes.device)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        tripwire = state_dict.get(prefix + TRIPWIRE)
+        if tripwire is not None and tripwire.numel() != 1:
+            error_msgs.append(
+                f"{prefix}{TRIPWIRE} is the weight of an ordinary linear, and this one is quantized: load it "
+                "before mixq_compile.quantize."
+            )
+        brings = prefix + "outlier_source" in state_dict
+        if prefix + "weight_codes" in state_dict and brings != bool(self.outlier_source.numel()):
+            keeps, lacks = ("the saved model", "this one") if brings else ("this model", "the saved one")
+            error_msgs.append(
+                f"{prefix}outlier_source: keep_originals kept the 16-bit weight in {keeps} and not in "
+                f"{lacks}: quantize both in the same way."
+            )
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # Whether a state is held is a matter of the moment, here and where the dict was made.
+        state = self.outlier_state()
+        state.let_go()
+        if self.held:
+            state.hold()
+        if prefix + TRIPWIRE in unexpected_keys:
+            unexpected_keys.remove(prefix + TRIPWIRE)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
-        # A cast of the model's dtype must not touch scales: as int32 they only change device.
-        for name in FP32_BUFFERS:
-            setattr(self, name, getattr(self, name).view(torch.int32))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in FP32_BUFFERS:
-            setattr(self, name, getattr(self, name).view(torch.float32))
+        # A cast of the model's dtype must not touch scales, codes and state: they only change device. Each
+        # is replaced once it is right, so that a move that fails midway leaves a module that still is.
+        kept = {id(self._buffers[name]) for name in FP32_BUFFERS}
+
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in kept and tensor.is_floating_point():
+                return fn(tensor)
+            whole = tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+            result = fn(whole)
+            if result is whole:
+                return tensor
+            if result.dtype != whole.dtype:  # `Module.type` casts integers too
+                return tensor.to(result.device)
+            return result.view(tensor.dtype)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self.weight_marker = torch.full_like(self.weight_marker, torch.nan)  # `to_empty` leaves any number
         self._place_weight(self.fqn)
         return self

@@ -14,14 +14,8 @@ from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.ops.providers import AUTO, provider_names
 from mixq_compile.pipeline import Pipeline
 from mixq_compile.runtime import torch_compat
-from mixq_compile.scheme import (
-    DEFAULT_THRESHOLD,
-    MISS_POLICIES,
-    OutlierPolicy,
-    QuantScheme,
-    get_scheme,
-    scheme_names,
-)
+from mixq_compile.scheme import DEFAULT_THRESHOLD, MISS_POLICIES, OutlierPolicy, QuantScheme
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
 ON_ERROR = ("raise", "fallback")

@@ -20,6 +20,7 @@ from mixq_compile.runtime.compilation import LinearRecord, remember_swap, swappe
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import pipeline_for
+from mixq_compile.runtime.saving_methods import take_over_saving
 from mixq_compile.runtime.swap_obstacles import (
     holders_outside,
     is_uninitialized,
@@ -87,6 +88,7 @@ def quantize(
     records = list(_swap_all(model, chosen, keep_originals))
     before = [record for record in swapped_linears(model) if record.scheme is not None]
     remember_swap(model, [*before, *records])
+    take_over_saving(model)
     if not records:
         warnings.warn("the model has no linears: nothing to quantize.", stacklevel=2)
     elif all(record.scheme is None for record in records):
@@ -143,7 +145,7 @@ def _matrix(module: nn.Module) -> Tensor:
     """The weight of a linear as [N, K]; empty where it has no shape yet."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     if is_uninitialized(weight):
-        return torch.empty(module.out_features, 0)  # type: ignore[call-overload,no-any-return]
+        return torch.empty(module.out_features, 0, dtype=weight.dtype, device="cpu")  # type: ignore[call-overload,no-any-return]
     return weight.detach().t() if is_conv1d(module) else weight.detach()
 
 

@@ -3,109 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.runtime.compilation import LinearRecord, compilations_of, swapped_linears
 from mixq_compile.runtime.mixq_linear import MixqLinear
-from mixq_compile.runtime.report_html import report_html
+from mixq_compile.runtime.report_tables import LinearReport, Report
+from mixq_compile.runtime.swap_record import swap_record
 from mixq_compile.runtime.weight_store import STORE
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """One linear: what it is, what became of it, and what its outlier state holds now."""
-
-    fqn: str
-    role: str
-    out_features: int
-    in_features: int
-    scheme: str | None
-    kernel: str | None
-    skip: str | None
-    outlier_source: str | None
-    capacity: int
-    outlier_columns: tuple[int, ...]
-    overflow: int
-    """How often a column found no slot."""
-    bytes_before: int
-    bytes_after: int
-    """Bytes of codes, scales and outlier weights; `bytes_before` where the linear was left alone."""
-    float_weight_kept: bool
-    """True where the 16- or 32-bit weight is still in memory beside the codes."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """The linears of a model, in order; prints as a table."""
-
-    linears: tuple[LinearReport, ...]
-    graphs: int
-    """Compiled graphs, recompilations included; 0 for a model that only had its modules swapped."""
-    fallbacks: tuple[str, ...] = ()
-
-    @property
-    def quantized(self) -> tuple[LinearReport, ...]:
-        """The linears that run quantized."""
-        return tuple(linear for linear in self.linears if linear.scheme is not None)
-
-    @property
-    def skipped(self) -> tuple[LinearReport, ...]:
-        """The linears that were left alone."""
-        return tuple(linear for linear in self.linears if linear.scheme is None)
-
-    @property
-    def advice(self) -> tuple[str, ...]:
-        """What to do about linears whose outliers did not fit."""
-        return tuple(
-            f"{linear.fqn}: columns were turned away {linear.overflow} times (capacity {linear.capacity}): "
-            "raise capacity or threshold, or leave this linear in 16 bit with ignore."
-            for linear in self.quantized
-            if linear.overflow
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON-able data."""
-        return asdict(self)
-
-    def _lines(self) -> Iterator[str]:
-        before = sum(linear.bytes_before for linear in self.quantized)
-        after = sum(linear.bytes_after for linear in self.quantized)
-        kept = sum(linear.bytes_before for linear in self.quantized if linear.float_weight_kept)
-        yield f"{len(self.quantized)} of {len(self.linears)} linears quantized, {self.graphs} compiled graphs"
-        if self.quantized:
-            yield (
-                f"their weights: {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB packed"
-                + (f", and {kept / 2**20:.1f} MiB of originals kept beside them" if kept else "")
-            )
-        width = max([len(linear.fqn) for linear in self.linears] + [6])
-        yield ""
-        yield f"{'linear':{width}}  {'N x K':>13}  {'scheme':8}  {'kernel':6}  outliers  overflow"
-        for linear in self.linears:
-            shape = f"{linear.out_features} x {linear.in_features}"
-            if linear.scheme is None:
-                yield f"{linear.fqn:{width}}  {shape:>13}  left alone: {linear.skip}"
-                continue
-            outliers = f"{len(linear.outlier_columns)}/{linear.capacity}"
-            yield (
-                f"{linear.fqn:{width}}  {shape:>13}  {linear.scheme:8}  {linear.kernel or 'auto':6}  "
-                f"{outliers:>8}  {linear.overflow:>8}"
-            )
-        for fallback in self.fallbacks:
-            yield f"a graph was compiled unquantized: {fallback}"
-        for advice in self.advice:
-            yield f"advice: {advice}"
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return report_html(self)
+from mixq_compile.runtime.weight_watch import calls_until_seen
 
 
 def _from_record(record: LinearRecord) -> LinearReport:
@@ -128,6 +35,7 @@ def _from_record(record: LinearRecord) -> LinearReport:
         bytes_before=record.float_bytes,
         bytes_after=packed_bytes if quantized else record.float_bytes,
         float_weight_kept=quantized and weight is not None and not STORE.is_released(weight),
+        kept_because=STORE.kept_because(weight) if quantized and weight is not None else None,
     )
 
 
@@ -166,6 +74,10 @@ def report(model: nn.Module) -> Report:
         rows[record.fqn] = (
             _from_module(record, module) if isinstance(module, MixqLinear) else _from_record(record)
         )
+    for name, module in inner.named_modules():
+        # A copy of a swapped model, or one that was unpickled.
+        if isinstance(module, MixqLinear) and name not in rows:
+            rows[name] = _from_module(swap_record(name, module), module)
     for compilation in compilations:
         for record in compilation.linears:
             weight = record.weight() if record.weight is not None else None
@@ -178,6 +90,7 @@ def report(model: nn.Module) -> Report:
     made = Report(
         linears=tuple(rows.values()),
         graphs=len(compilations),
+        calls_until_seen=calls_until_seen(list(inner.parameters())),
         fallbacks=tuple(compilation.fallback for compilation in compilations if compilation.fallback),
     )
     if not rows:
@@ -189,21 +102,3 @@ def report(model: nn.Module) -> Report:
     elif not made.quantized:
         warnings.warn("none of this model's linears is quantized: the report says why.", stacklevel=2)
     return made
-
-
-def _states(model: nn.Module) -> list[OutlierState]:
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    modules = [module.outlier_state() for module in inner.modules() if isinstance(module, MixqLinear)]
-    return [*modules, *STORE.states(inner.parameters())]
-
-
-def reset(model: nn.Module) -> None:
-    """Forgets the outlier columns found online, as after loading; calibrated columns stay."""
-    for state in _states(model):
-        state.reset()
-
-
-def freeze(model: nn.Module) -> None:
-    """Keeps each outlier column known now and learns no more: results stop depending on traffic."""
-    for state in _states(model):
-        state.freeze()

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from mixq_compile import __version__
 from mixq_compile.calibration import CalibrationStats
 from mixq_compile.errors import OptionError
 from mixq_compile.ir.without_data import has_data
@@ -23,6 +22,7 @@ from mixq_compile.pipeline import Pipeline
 from mixq_compile.pipeline.bisection import Rewrite
 from mixq_compile.pipeline.registry import ENTRY_POINT_GROUP
 from mixq_compile.runtime.candidates import Example
+from mixq_compile.version import __version__
 
 PROGRAM, INPUTS, STATISTICS = "program.pt2", "inputs.pt", "stats.safetensors"
 PIPELINE, CULPRIT, SCRIPT = "pipeline.txt", "culprit.txt", "reproduce.py"

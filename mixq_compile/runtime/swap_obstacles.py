@@ -7,13 +7,14 @@ import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from mixq_compile.ir.linears import is_conv1d, is_plain_linear
 from mixq_compile.runtime.mixq_linear import MixqLinear
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 COMPUTED = "its weight is computed, not a parameter"
 OWN_NAMES = ("weight", "bias")
@@ -40,7 +41,7 @@ DEEPEST = 4
 
 @functools.cache
 def _ordinary_attributes() -> frozenset[str]:
-    return frozenset(vars(nn.Linear(1, 1))) | {"in_features", "out_features"}
+    return frozenset(vars(nn.Linear(1, 1, device="cpu"))) | {"in_features", "out_features"}
 
 
 def extra_attributes(linear: nn.Module) -> dict[str, Any]:
@@ -82,7 +83,9 @@ def obstacle(linear: nn.Module) -> str | None:
 
 @functools.cache
 def _attributes_of_codes() -> frozenset[str]:
-    made = vars(MixqLinear.from_linear(nn.Linear(16, 16), get_scheme("w8a8")))
+    made = vars(
+        MixqLinear.from_linear(nn.Linear(16, 16, device="cpu", dtype=torch.float32), get_scheme("w8a8"))
+    )
     return frozenset({*made, *made["_buffers"]}) - frozenset(vars(nn.Module()))
 
 

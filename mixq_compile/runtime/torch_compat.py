@@ -5,6 +5,7 @@ tests/runtime/test_torch_compat.py fails on a torch where one of them no longer 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mixq_compile import __version__
+from mixq_compile.version import __version__
 
 
 def register_attribute_sources(module: GraphModule, names: Sequence[str]) -> None:
@@ -121,6 +122,18 @@ def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
     """Changes when a tensor was written in place or given other storage."""
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version
+
+
+def storage_users(tensor: torch.Tensor) -> int:
+    """How many tensors, arrays and handles share a tensor's memory, itself included."""
+    return _references(tensor) - _references(torch.empty(1)) + 1
+
+
+def _references(tensor: torch.Tensor) -> int:
+    """References to a tensor's storage, to the storage's Python object and, from C++, to the tensor."""
+    storage = tensor.untyped_storage()
+    shared = int(torch._C._storage_Use_Count(storage._cdata))  # type: ignore[attr-defined]
+    return shared + sys.getrefcount(storage) + tensor._use_count()  # type: ignore[attr-defined,no-any-return]
 
 
 def mark_dynamic(tensor: torch.Tensor, dimension: int) -> None:

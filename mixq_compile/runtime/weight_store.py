@@ -7,6 +7,7 @@ of the first compilation here: nothing is packed twice. Entries live as long as 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,15 +19,21 @@ from mixq_compile.errors import MixqError
 from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.joint_rows import held_bytes
 from mixq_compile.ops.outlier_state import OutlierState
+from mixq_compile.ops.state_access import exclusive_access
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.runtime import memory
+from mixq_compile.runtime.released_parameter import ReleasedParameter, give_up_memory
 from mixq_compile.runtime.torch_compat import fingerprint
+from mixq_compile.runtime.weight_content import content_of
 from mixq_compile.scheme import QuantScheme, TensorFormat
 
 log = logging.getLogger(__name__)
 
+NEVER = (0, -1)
+"""A `fingerprint` that no tensor has."""
 
-@dataclass
+
+@dataclass(eq=False)
 class WeightCodes:
     """The integer codes of one weight; changed only in place."""
 
@@ -39,6 +46,8 @@ class WeightCodes:
     """True where the parameter is [K, N], as GPT-2's Conv1D has it."""
     packed_from: tuple[int, int]
     """`fingerprint` of the parameter when it was packed."""
+    content: Tensor | None
+    """`content_of` the parameter when it was packed; None where it has no data."""
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +103,8 @@ class _Entry:
         default_factory=dict
     )
     states: dict[_StateKey, OutlierState] = field(default_factory=dict)
-    released: bool = False
+    kept_because: str | None = None
+    """Why `release_weights` left the parameter its memory."""
 
 
 def _as_matrix(weight: Tensor, transposed: bool) -> Tensor:
@@ -106,6 +116,8 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._writing = threading.RLock()
+        self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.releases = 0
         """How often a parameter's storage was freed: a graph that reads 16-bit weights looks again then."""
 
@@ -141,23 +153,24 @@ class WeightStore:
         """
         out_features, in_features = _as_matrix(weight, transposed).shape
         capacity = scheme.outliers.capacity_for(in_features) if scheme.outliers else 0
-        entry = self._entry(weight)
-        codes = self._codes(entry, weight, scheme, transposed)
-        key = (scheme.weight, transposed, weight.device, capacity, dtype)
-        if key not in entry.packed:
-            entry.packed[key] = PackedWeight(
-                codes=codes,
-                outlier_weight=weight.new_zeros((out_features, capacity), dtype=dtype),
-                cached_index=weight.new_full((capacity,), -1, dtype=torch.int32),
-            )
-        return entry.packed[key]
+        with self._writing:
+            entry = self._entry(weight)
+            codes = self._codes(entry, weight, scheme, transposed)
+            key = (scheme.weight, transposed, weight.device, capacity, dtype)
+            if key not in entry.packed:
+                entry.packed[key] = PackedWeight(
+                    codes=codes,
+                    outlier_weight=weight.new_zeros((out_features, capacity), dtype=dtype),
+                    cached_index=weight.new_full((capacity,), -1, dtype=torch.int32),
+                )
+            return entry.packed[key]
 
     def _codes(self, entry: _Entry, weight: Tensor, scheme: QuantScheme, transposed: bool) -> WeightCodes:
         key = (scheme.weight, transposed, weight.device)
         if key in entry.codes:
-            self.refresh(weight)
+            self.refresh(weight, look=True)
             return entry.codes[key]
-        if entry.released:
+        if self.is_released(weight):
             raise MixqError(
                 "a weight was freed by release_weights and cannot be packed again with other options "
                 f"(scheme {scheme.name!r}). Load the model again, or compile without release_weights."
@@ -172,7 +185,8 @@ class WeightStore:
         else:
             codes, scale = quantize_weight(matrix, scheme.weight)
         packed_from = fingerprint(weight) if has_data(weight) else (0, 0)
-        entry.codes[key] = WeightCodes(codes, scale, scheme.weight, transposed, packed_from)
+        content = content_of(weight) if has_data(weight) else None
+        entry.codes[key] = WeightCodes(codes, scale, scheme.weight, transposed, packed_from, content)
         return entry.codes[key]
 
     def fill(self, packed: PackedWeight, weight: Tensor, state: OutlierState) -> None:
@@ -180,7 +194,7 @@ class WeightStore:
         count = 0 if not has_data(weight) or self.is_released(weight) else len(state.columns())
         if count:
             packed.cached_index[:count] = state.index[:count]
-            packed.fetch(weight, torch.arange(count, device=packed.cached_index.device))
+            packed.fetch(weight, torch.arange(count, dtype=torch.int64, device=packed.cached_index.device))
 
     def state(
         self,
@@ -205,6 +219,19 @@ class WeightStore:
             columns=tuple(columns) if columns is not None else None,
             readers=frozenset(id(weight) for weight in weights),
         )
+        with self._writing:
+            return self._state(weights, scheme, in_features, key, columns, column_max)
+
+    def _state(
+        self,
+        weights: Sequence[Tensor],
+        scheme: QuantScheme,
+        in_features: int,
+        key: _StateKey,
+        columns: Sequence[int] | None,
+        column_max: Sequence[float] | None,
+    ) -> OutlierState:
+        first, policy = weights[0], scheme.outliers
         states = self._entry(first).states
         if key not in states:
             state = OutlierState.create(in_features, key.capacity, key.threshold, first.device)
@@ -212,9 +239,25 @@ class WeightStore:
                 state.preload(columns, column_max)
                 if policy.miss in ("frozen", "static"):
                     state.freeze()
+            if any(weight in self._held for weight in weights):
+                state.hold()
             for weight in weights:
                 self._entry(weight).states[key] = state
         return states[key]
+
+    def hold(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        """Holds the states of these parameters, those still to be made too; returns which were not held."""
+        with self._writing:
+            new = [weight for weight in weights if weight not in self._held]
+            for weight in new:
+                self._held[weight] = True
+            return new
+
+    def let_go(self, weights: Iterable[Tensor]) -> None:
+        """Ends what `hold` began for these parameters."""
+        with self._writing:
+            for weight in weights:
+                self._held.pop(weight, None)
 
     def bind(self, kept: Tensor, bound: Tensor) -> None:
         """Makes one state buffer of a MixqLinear share the storage of another's, values included.
@@ -224,39 +267,72 @@ class WeightStore:
         if kept.data_ptr() != bound.data_ptr():
             bound.data = kept.data
 
-    def refresh(self, weight: Tensor) -> bool:
-        """Packs a parameter again, in place, if it has been written since. True if it was."""
-        entry = self._known(weight)
-        if entry is None or entry.released or not has_data(weight):
-            return False
-        now = fingerprint(weight)
-        stale = [
-            codes
-            for codes in entry.codes.values()
-            if codes.packed_from != now and codes.weight_codes.device == weight.device
-        ]
-        for codes in stale:
-            fresh, scale = quantize_weight(_as_matrix(weight, codes.transposed), codes.format)
-            codes.weight_codes.copy_(fresh)
-            codes.weight_scale.copy_(scale)
-            codes.packed_from = now
-            for packed in entry.packed.values():
-                if packed.codes is codes:
-                    packed.fetch(weight, (packed.cached_index >= 0).nonzero().flatten())
-        if stale:
-            log.info("a parameter was written since it was packed: packed again")
-        return bool(stale)
+    def refresh(self, weight: Tensor, look: bool = False) -> bool:
+        """Packs a parameter again, in place, if it has been written since. True if it was.
+
+        torch's count of writes and the address tell; with `look`, the content does too.
+        """
+        with self._writing:
+            entry = self._known(weight)
+            if entry is None or not has_data(weight) or self.is_released(weight):
+                return False
+            now, content = fingerprint(weight), None
+            here = [codes for codes in entry.codes.values() if codes.weight_codes.device == weight.device]
+            stale = [codes for codes in here if codes.packed_from != now]
+            if look:
+                content = content_of(weight)
+                stale = [
+                    codes
+                    for codes in here
+                    if codes in stale or codes.content is None or not torch.equal(codes.content, content)
+                ]
+            if stale:
+                log.info("a parameter was written since it was packed: packed again")
+                self._pack_again(entry, weight, stale)
+                content = content_of(weight) if content is None else content
+                for codes in stale:
+                    codes.packed_from, codes.content = now, content
+            return bool(stale)
+
+    def _pack_again(self, entry: _Entry, weight: Tensor, stale: Sequence[WeightCodes]) -> None:
+        # Solved first, because nothing should take long while other threads' calls wait.
+        fresh = [quantize_weight(_as_matrix(weight, codes.transposed), codes.format) for codes in stale]
+        with exclusive_access(weight.device):
+            for codes, (values, scale) in zip(stale, fresh, strict=True):
+                codes.weight_codes.copy_(values)
+                codes.weight_scale.copy_(scale)
+                for packed in entry.packed.values():
+                    if packed.codes is codes:
+                        packed.fetch(weight, (packed.cached_index >= 0).nonzero().flatten())
 
     def release(self, weight: Tensor) -> None:
-        """Frees the storage of a packed parameter; its packed form is all that is left of it."""
-        self._entry(weight).released = True
+        """Frees the memory of a packed parameter; its packed form is all that is left of it.
+
+        Raises RuntimeError where torch cannot free it: nothing is changed then.
+        """
+        entry = self._entry(weight)
+        give_up_memory(weight)
+        entry.kept_because = None
+        # Data given to the parameter later may lie at the freed address.
+        for codes in entry.codes.values():
+            codes.packed_from, codes.content = NEVER, None
         self.releases += 1
-        weight.untyped_storage().resize_(0)
+
+    def keep(self, weight: Tensor, reason: str) -> bool:
+        """Remembers why a parameter's memory is not freed. True where that is new."""
+        entry = self._entry(weight)
+        is_new = entry.kept_because != reason
+        entry.kept_because = reason
+        return is_new
+
+    def kept_because(self, weight: Tensor) -> str | None:
+        """Why `release_weights` kept a parameter's memory; None where it was not asked, or freed it."""
+        entry = self._known(weight)
+        return entry.kept_because if entry is not None else None
 
     def is_released(self, weight: Tensor) -> bool:
-        """True where a parameter's storage has been freed."""
-        entry = self._known(weight)
-        return entry is not None and entry.released
+        """True where a parameter's memory has been freed, and the user gave it no other since."""
+        return isinstance(weight, ReleasedParameter)
 
     def codes(self, weight: Tensor) -> list[WeightCodes]:
         """Every set of codes of a parameter: one for each weight format and device."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mixq_compile.benchmarking.layer_errors import MOST_DB, layer_errors
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 FEATURES = 64
 

@@ -5,7 +5,7 @@ from commands import mixq, mixq_json
 
 from mixq_compile.cli import doctor
 from mixq_compile.ops.providers import operators
-from mixq_compile.scheme import scheme_names
+from mixq_compile.schemes.registry import scheme_names
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from throwaway_passes import REGISTRY
 
 from mixq_compile.inspection import text
 from mixq_compile.inspection.program import program_text
+from mixq_compile.inspection.shown_history import ShownHistory
 from mixq_compile.inspection.text import (
     operator_changes,
     print_diff,
@@ -48,7 +49,7 @@ def test_a_history_is_a_table_of_passes(history: History, console: Console) -> N
 
 
 def test_a_history_prints_itself(history: History, capsys: pytest.CaptureFixture[str]) -> None:
-    history.print()
+    ShownHistory.of(history).print()
     assert "negate-twice" in capsys.readouterr().out
 
 

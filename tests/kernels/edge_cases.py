@@ -131,6 +131,45 @@ def nothing_is_finite(dtype: torch.dtype) -> OnlineCase:
 
 
 @_online
+def an_absurd_row_among_good_ones(dtype: torch.dtype) -> OnlineCase:
+    x = _planted(6, 50, [4, 30])
+    x[2] = 3e37
+    x[3, 41] = 1e30
+    x[3, 8] = -25.0
+    return OnlineCase([x.to(dtype), x.to(dtype)])
+
+
+@_online
+def every_row_absurd(dtype: torch.dtype) -> OnlineCase:
+    return OnlineCase([_planted(3, 40, [2], size=1e31).fill_(1e30).to(dtype)] * 2, known=[7, 9])
+
+
+@_online
+def an_absurd_value_in_a_known_column(dtype: torch.dtype) -> OnlineCase:
+    x = _planted(4, 40, [7, 30])
+    x[2, 7] = 3e37
+    return OnlineCase([x.to(dtype)] * 2, known=[7])
+
+
+def _around_the_teaching_limit(dtype: torch.dtype, bits: int) -> OnlineCase:
+    limit = torch.tensor((2 ** (bits - 1) - 1) * 2.0**23).to(dtype)
+    below = torch.nextafter(limit, torch.zeros_like(limit))
+    x = _planted(4, 40, [7]).to(dtype)
+    x[1, 20], x[2, 30], x[3, 35] = limit, below, -limit
+    return OnlineCase([x] * 2, bits=bits)
+
+
+@_online
+def around_the_teaching_limit(dtype: torch.dtype) -> OnlineCase:
+    return _around_the_teaching_limit(dtype, bits=8)
+
+
+@_online
+def around_the_teaching_limit_of_four_bits(dtype: torch.dtype) -> OnlineCase:
+    return _around_the_teaching_limit(dtype, bits=4)
+
+
+@_online
 def grows_then_evicts(dtype: torch.dtype) -> OnlineCase:
     inputs = [
         _planted(4, 96, [10, 20], size=20, seed=0),
@@ -432,6 +471,35 @@ def check_not_finite_rows(kernel: str, dtype: torch.dtype, device: torch.device 
     spoilt = product(tensors, kernel)
     assert not spoilt[[1, 3]].isfinite().any()
     assert torch.equal(spoilt[[0, 2, 4, 5]], clean[[0, 2, 4, 5]])
+
+
+def check_absurd_rows_teach_nothing(kernel: str, dtype: torch.dtype, device: torch.device | str) -> None:
+    """A finite row of 3e37 leaves state and results of the rows beside it as they are without it."""
+    good = _planted(5, 64, [9, 40]).to(dtype)
+    absurd = torch.full((1, 64), 3e37).to(dtype)
+    assert absurd.isfinite().all(), "choose a dtype that holds the absurd magnitude"
+    for bits in (8, 4):
+        for miss in ("exact", "lazy", "frozen"):
+            seen = []
+            for inputs in ([good, good], [torch.cat((good[:2], absurd, good[2:]))] * 2):
+                case = OnlineCase(inputs, known=[3], bits=bits)
+                seen.append(learn(case, kernel, miss, device))
+            for call, (without, beside) in enumerate(zip(*seen, strict=True)):
+                for name, value in without.items():
+                    found = beside[name]
+                    if name in ("codes", "scale", "outliers"):
+                        assert (found[2] != 0).any() or name == "outliers", f"{name} of the absurd row"
+                        found = found[[0, 1, 3, 4, 5]]
+                    assert torch.equal(found, value), (
+                        f"an absurd row changed {name} of call {call} ({miss}, {bits} bits)"
+                    )
+                assert without["index"][: int(without["counters"][0])].tolist() == [3, 9, 40]
+            alone = learn(OnlineCase([absurd], bits=bits), kernel, miss, device)[0]
+            assert alone["counters"].tolist() == [0, 0, 0, 0], "absurd rows alone took slots"
+            assert alone["effective_threshold"].tolist() == [THRESHOLD]
+            assert alone["codes"].abs().eq(2 ** (bits - 1) - 1).all(), (
+                "an absurd row is quantized as any other"
+            )
 
 
 def check_large_sums(

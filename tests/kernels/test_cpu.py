@@ -163,6 +163,12 @@ def test_not_finite_rows(dtype):
     edge_cases.check_not_finite_rows("cpu", dtype, "cpu")
 
 
+@pytest.mark.parametrize("kernel", ["ref", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_absurd_rows_teach_nothing(kernel, dtype):
+    edge_cases.check_absurd_rows_teach_nothing(kernel, dtype, "cpu")
+
+
 def test_large_sums():
     edge_cases.check_large_sums("cpu", "cpu", rows=256, out_features=320)
 

@@ -85,6 +85,16 @@ def test_a_row_that_is_not_finite_stays_alone():
     assert found[1].isnan().sum() == wanted[1].isnan().sum() == 1
 
 
+def test_an_absurd_row_of_the_result_teaches_nothing():
+    codes, (scale, *rest) = operands(300, 64, 96, torch.float32)
+    scale[7] = float("nan")
+    _, without = both(codes, (scale, *rest), 96, "none")
+    scale[7] = 1e30
+    wanted, found = both(codes, (scale, *rest), 96, "none")
+    assert found[1][7] > 1e25, "the row is quantized as any other"
+    assert found[4].columns() == wanted[4].columns() == without[4].columns(), "an absurd row took slots"
+
+
 def test_repeats_are_identical():
     codes, rest = operands(300, 64, 96, torch.float32)
     first, second = (both(codes, rest, 96, "gelu")[1] for _ in range(2))

@@ -156,6 +156,11 @@ def test_rows_that_are_not_finite_spoil_no_other():
     edge_cases.check_not_finite_rows("tl", torch.float16, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_absurd_rows_teach_nothing(dtype):
+    edge_cases.check_absurd_rows_teach_nothing("tl", dtype, "cpu")
+
+
 def test_sums_beyond_half_precision():
     edge_cases.check_large_sums("tl", "cpu", rows=4, in_features=2048, out_features=16)
 

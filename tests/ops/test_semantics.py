@@ -46,7 +46,7 @@ def test_learning_equals_the_simulation(name: str, miss: str, dtype: torch.dtype
     ):
         if number == case.freeze_before_call:
             expected.frozen = True
-        call = expected.call(x, miss)
+        call = expected.call(x, miss, case.bits)
         where = f"call {number}: "
         used = int(found["used"])
         assert used == len(call.columns), where + "another number of outlier slots was used"

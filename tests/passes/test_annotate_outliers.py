@@ -13,7 +13,7 @@ from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.passes.annotate_outliers import calibrated_columns
 from mixq_compile.pipeline import PassError
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 MAXIMA = {
     "attn.q_proj": {3: 9.0, 40: 30.0},

@@ -148,8 +148,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensors empty": (lambda d: (d / "model.safetensors").write_bytes(b""), r"model\.safetensors is corrupt"),
     "config cut": (lambda d: (d / "config.json").write_text("{"), r"config\.json is corrupt"),
     "other version": (
-        lambda d: _edit(d / "mixq.json", lambda m: m.update(schema_version=2)),
-        r"mixq\.json has schema version 2, and this release reads 1: quantize again",
+        lambda d: _edit(d / "mixq.json", lambda m: m.update(schema_version=3)),
+        r"mixq\.json has schema version 3, and this release reads 1 and 2: quantize again",
     ),
     "other scheme version": (
         lambda d: _edit(d / "mixq.json", lambda m: _first_linear(m)["scheme"].update(version=9)),
@@ -175,7 +175,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a linear of another shape": (
         lambda d: _edit(d / "mixq.json", lambda m: _first_linear(m).update(in_features=32)),
-        r"model\.safetensors is corrupt",
+        r"model\.safetensors does not fit the files beside it",
     ),
     "a linear that is not quantized": (
         lambda d: _edit(d / "mixq.json", lambda m: m["linears"].popitem()),

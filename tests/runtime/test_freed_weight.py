@@ -139,7 +139,6 @@ def test_it_holds_no_memory_and_keeps_none_alive() -> None:
     swapped = model()[0].proj
     assert not [value for value in vars(swapped).values() if type(value) is Tensor]
     assert sum(each.numel() for each in swapped.parameters()) == ROWS, "more than the bias is a parameter"
-    assert "weight" not in swapped.state_dict()
 
 
 ASSIGNMENTS: dict[str, Callable[[nn.Module], Any]] = {

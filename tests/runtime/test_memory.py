@@ -10,7 +10,7 @@ from compiling import block, compiled, rows
 
 from mixq_compile.errors import MixqError
 from mixq_compile.runtime import memory
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 
 def test_packing_that_does_not_fit_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:

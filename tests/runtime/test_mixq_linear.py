@@ -11,7 +11,7 @@ from rewriting import sqnr
 from torch import nn
 
 from mixq_compile import MixqLinear
-from mixq_compile.scheme import get_scheme, scheme_names
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 SCHEME = get_scheme("w8a8o16")
 
@@ -88,7 +88,8 @@ def test_a_state_dict_round_trip_changes_no_bit(name: str) -> None:
 
 
 def test_what_is_saved_and_what_is_not() -> None:
-    names = set(MixqLinear.from_linear(linear(), SCHEME, keep_original=True).state_dict())
+    module = MixqLinear.from_linear(linear(), SCHEME)
+    names = set(module.state_dict(keep_vars=True))
     assert names == {
         "weight_codes",
         "weight_scale",
@@ -101,6 +102,12 @@ def test_what_is_saved_and_what_is_not() -> None:
         "outlier_weight",
         "bias",
     }
+    saved = module.state_dict()
+    assert set(saved) == names | {"weight"}
+    assert saved["weight"].shape == (1,), "an ordinary linear would load it"
+    assert saved["weight"].isnan().all()
+    keeping = MixqLinear.from_linear(linear(), SCHEME, keep_original=True)
+    assert set(keeping.state_dict()) == names | {"weight", "outlier_source"}
 
 
 def test_a_deep_copy_learns_on_its_own() -> None:

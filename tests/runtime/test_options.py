@@ -13,7 +13,8 @@ from linear_models import statistics
 
 from mixq_compile.errors import OptionError, PipelineError, StatisticsError
 from mixq_compile.runtime.options import MixqOptions
-from mixq_compile.scheme import OutlierPolicy, get_scheme
+from mixq_compile.scheme import OutlierPolicy
+from mixq_compile.schemes.registry import get_scheme
 
 STATS = statistics({"up_proj": {3: 9.0}})
 

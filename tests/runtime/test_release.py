@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable
 
 import pytest
@@ -155,14 +156,25 @@ def test_a_weight_that_another_graph_reads_otherwise_is_not_lost() -> None:
         fast(rows())
 
 
-def test_a_graph_compiled_before_says_so_too() -> None:
-    """Without release_weights, outlier columns are fetched from the 16-bit weight."""
-    model = block()
+def test_a_graph_compiled_before_says_so_or_uses_the_codes() -> None:
+    """Without release_weights, outlier columns are fetched from the 16-bit weight.
+
+    Which of the two happens depends on whether this torch compiles again for the freed parameter.
+    """
+    reference, model = block(), block()
     first = compiled(model)
     first(rows())
     released(model)
-    with pytest.raises(ReleasedWeightError, match=r"this graph reads .*up_proj.*weight"):
-        first(rows())
+    x = rows(columns=(3,), size=300.0)
+    found: object
+    try:
+        found = first(x)
+    except ReleasedWeightError as error:
+        found = str(error)
+    if isinstance(found, str):
+        assert re.search(r"this graph reads .*up_proj.*weight", found)
+    else:
+        assert sqnr(reference(x), found) > 30
 
 
 def test_static_columns_keep_their_16_bit_weights() -> None:

@@ -6,7 +6,7 @@ What to do then: find what the new torch offers, and change the one function in 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -196,3 +196,28 @@ def test_one_compilation_serves_every_size_of_a_dynamic_dimension() -> None:
         assert doubled(x).shape == x.shape
     assert compiled == 1
     torch.compiler.reset()
+
+
+class TestStorageUsers:
+    """Counted wrongly, release_weights would free memory under its other users, or never free any."""
+
+    def test_a_tensor_alone(self) -> None:
+        tensor = nn.Parameter(torch.ones(4, 4))
+        assert torch_compat.storage_users(tensor) == 1
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda tensor: tensor.data,
+            lambda tensor: tensor.detach()[1:],
+            lambda tensor: tensor.untyped_storage(),
+            lambda tensor: tensor.__dlpack__(),
+        ],
+        ids=["data", "view", "storage", "dlpack"],
+    )
+    def test_another_user_counts_for_as_long_as_it_lives(self, use: Callable[[Tensor], Any]) -> None:
+        tensor = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+        user = use(tensor)
+        assert torch_compat.storage_users(tensor) > 1, type(user)
+        del user
+        assert torch_compat.storage_users(tensor) == 1

@@ -8,7 +8,7 @@ from torch import nn
 
 from mixq_compile.errors import MixqError
 from mixq_compile.runtime.weight_store import WeightStore
-from mixq_compile.scheme import get_scheme
+from mixq_compile.schemes.registry import get_scheme
 
 EIGHT, FOUR, PLAIN = get_scheme("w8a8o16"), get_scheme("w4a8o16"), get_scheme("w8a8")
 

@@ -9,7 +9,7 @@ import torch
 
 from mixq_compile.errors import KernelError
 from mixq_compile.kernels.cpu.build import library
-from mixq_compile.kernels.cpu.interface import LinearArguments, WeightCodes, type_number
+from mixq_compile.kernels.cpu.interface import CPU, LinearArguments, WeightCodes, type_number
 from mixq_compile.ops.providers import KernelQuery
 
 PRIORITY = 10
@@ -19,12 +19,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _product_is_exact(rows: int) -> bool:
     """Whether codes of every size, the extremes in long runs, give their exact sums."""
     columns, features = 203, 133
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
-    weight = torch.randint(-128, 128, (features, columns), generator=generator, dtype=torch.int8)
+    generator = torch.Generator(CPU).manual_seed(0)
+    codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=CPU, generator=generator)
+    weight = torch.randint(-128, 128, (features, columns), dtype=torch.int8, device=CPU, generator=generator)
     # Runs of the largest products overflow instructions that add pairs in 16 bits.
     codes[0], weight[0], weight[1] = 127, 127, -128
-    found = torch.empty(rows, features, dtype=torch.int32)
+    found = torch.empty(rows, features, dtype=torch.int32, device=CPU)
     arguments = LinearArguments(
         codes=codes.data_ptr(), weight=WeightCodes.of(weight, columns), result=found.data_ptr(), rows=rows,
         codes_stride=columns, result_type=type_number(torch.int32), threads=torch.get_num_threads(),

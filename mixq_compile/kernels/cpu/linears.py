@@ -11,6 +11,7 @@ from mixq_compile.kernels.cpu.availability import PRIORITY, supports
 from mixq_compile.kernels.cpu.build import library
 from mixq_compile.kernels.cpu.interface import (
     ACTIVATIONS,
+    CPU,
     LinearArguments,
     WeightCodes,
     WeightOnlyArguments,
@@ -78,7 +79,7 @@ def mixed_gemm(
     codes: Tensor, outliers: Tensor, count: Tensor, weight_codes: Tensor, outlier_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The integer and the outlier product, not yet joined: for looking at, not for speed."""
-    accumulator = torch.empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=torch.int32)
+    accumulator = torch.empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=torch.int32, device=CPU)
     integers = LinearOperands(codes, None, outliers[..., :0], count, weight_codes, None, outlier_weight, None)
     used = int(count[COUNT]) if outliers.shape[-1] else 0
     product = outliers[..., :used].float() @ outlier_weight[:, :used].float().T
@@ -116,15 +117,15 @@ def mixed_linear(
     if small_m and codes.numel() <= small_m * codes.shape[-1]:
         return weight_only_linear(x, weight_codes, weight_scale, bias)  # type: ignore[no-any-return]
     operands = LinearOperands(codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias)
-    return operands.multiply(torch.empty((*x.shape[:-1], weight_codes.shape[0]), dtype=x.dtype))
+    return operands.multiply(torch.empty((*x.shape[:-1], weight_codes.shape[0]), dtype=x.dtype, device=CPU))
 
 
 def _expanded_product(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """x `[M, K]` in fp32 times the weight, expanded to float32 a block of rows at a time: `[M, N]`."""
     columns, features = x.shape[1], weight_codes.shape[0]
-    result = torch.empty(x.shape[0], features)
+    result = torch.empty(x.shape[0], features, dtype=torch.float32, device=CPU)
     block = min(features, max(1, EXPANDED_ELEMENTS // max(1, columns)))
-    space = torch.empty(block, columns)
+    space = torch.empty(block, columns, dtype=torch.float32, device=CPU)
     for first in range(0, features, block):
         codes = weight_codes[first : first + block]
         expanded = space[: codes.shape[0]]
@@ -144,7 +145,7 @@ def weight_only_linear(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bi
     rows, columns = matrix.shape
     if rows > STREAMED_ROWS:
         return _expanded_product(matrix.float(), weight_codes, weight_scale, bias).to(x.dtype).view(shape)
-    result = torch.empty(shape, dtype=x.dtype)
+    result = torch.empty(shape, dtype=x.dtype, device=CPU)
     arguments = WeightOnlyArguments(
         matrix.data_ptr(), WeightCodes.of(weight_codes, columns), weight_scale.data_ptr(), pointer(bias),
         result.data_ptr(), rows, matrix.stride(0), type_number(x.dtype),

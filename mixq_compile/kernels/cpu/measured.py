@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mixq_compile.kernels.cpu.interface import CPU
 from mixq_compile.ops.declarations import mixed_linear, quantize_online, weight_only_linear
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.providers import KernelQuery
@@ -41,13 +42,17 @@ def _measured_shape(m: int, in_features: int, out_features: int) -> tuple[int, i
     return min(rows, LARGEST_ROWS, max(1, LARGEST_PRODUCTS // (features * in_features))), features
 
 
+def _random(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, dtype=torch.float32, device=CPU)
+
+
 @functools.cache
 def _mixed_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, features: int) -> float:
-    x = torch.randn(rows, in_features).clamp_(-4, 4).to(dtype)
-    weight = torch.randn(features, in_features).to(dtype)
+    x = _random(rows, in_features).clamp_(-4, 4).to(dtype)
+    weight = _random(features, in_features).to(dtype)
     codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
     capacity = OutlierPolicy().capacity_for(in_features)
-    state = OutlierState.create(in_features, capacity, DEFAULT_THRESHOLD, "cpu")
+    state = OutlierState.create(in_features, capacity, DEFAULT_THRESHOLD, CPU)
     state.preload(range(min(capacity, in_features) // 2))
     outlier_weight = weight[:, :1].repeat(1, capacity)
 
@@ -60,8 +65,8 @@ def _mixed_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, fea
 
 @functools.cache
 def _weight_only_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, features: int) -> float:
-    x = torch.randn(rows, in_features).to(dtype)
-    weight = torch.randn(features, in_features).to(dtype)
+    x = _random(rows, in_features).to(dtype)
+    weight = _random(features, in_features).to(dtype)
     codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
     return _ratio_of_times(
         lambda: torch.nn.functional.linear(x, weight),

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from mixq_compile.kernels.cpu.availability import PRIORITY, supports
 from mixq_compile.kernels.cpu.build import library
-from mixq_compile.kernels.cpu.interface import QuantizeArguments, pointer, row_matrix, type_number
-from mixq_compile.kernels.ref.quantization import grow, replace
+from mixq_compile.kernels.cpu.interface import CPU, QuantizeArguments, pointer, row_matrix, type_number
+from mixq_compile.kernels.ref.quantization import learn, teaching
 from mixq_compile.ops.outlier_state import FROZEN
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT
 
 
@@ -30,10 +31,11 @@ class Quantization:
     ) -> None:
         self.columns, self.largest_code = columns, 2 ** (bits - 1) - 1
         self.index, self.column_slot = index, column_slot
-        self.codes = torch.empty((*leading, -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT), dtype=torch.int8)
-        self.scale = torch.empty(leading, dtype=torch.float32)
-        self.outliers = torch.empty((*leading, index.shape[0]), dtype=dtype)
-        self.used = torch.empty(1, dtype=torch.int32)
+        padded = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        self.codes = torch.empty((*leading, padded), dtype=torch.int8, device=CPU)
+        self.scale = torch.empty(leading, dtype=torch.float32, device=CPU)
+        self.outliers = torch.empty((*leading, index.shape[0]), dtype=dtype, device=CPU)
+        self.used = torch.empty(1, dtype=torch.int32, device=CPU)
 
     def arguments(self, counters: Tensor | None, threshold: Tensor | None) -> QuantizeArguments:
         """State and results for a kernel: without counters no column is an outlier.
@@ -83,16 +85,19 @@ def quantize_online(
     small_m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantizes rows with the columns known so far; where a row exceeds, learns and quantizes again."""
-    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, index, column_slot, bits)
     matrix = row_matrix(x)
+    shared = (index, column_slot, column_max, counters, effective_threshold)
+    state = STATES.current(shared)
+    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, state[0], state[1], bits)
     if matrix.shape[0] <= small_m or not matrix.numel():
         call.run(matrix, None)
         return *call.results(), call.used
-    state = (index, column_slot, column_max, counters, effective_threshold)
     if miss == "per_call" and not int(counters[FROZEN]):
-        replace(matrix.float(), *state)
-    if call.run(matrix, counters, None if miss in ("static", "per_call") else effective_threshold):
-        grow(matrix.float(), *state, may_evict=miss != "lazy")
+        state = learn(matrix.float(), None, shared, miss)
+        call.index, call.column_slot = state[:2]
+    if call.run(matrix, state[3], None if miss in ("static", "per_call") else state[4]):
+        state = learn(matrix.float(), teaching(call.scale.view(-1)), shared, miss)
         if miss != "lazy":
-            call.run(matrix, counters)
+            call.index, call.column_slot = state[:2]
+            call.run(matrix, state[3])
     return *call.results(), call.used

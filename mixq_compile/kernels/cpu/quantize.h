@@ -9,6 +9,7 @@
 namespace mixq {
 
 constexpr float EPSILON = 0x1p-96f;
+constexpr float TEACHING_LIMIT = 0x1p23f;  // as in outlier_state.py
 constexpr int32_t INFINITY_BITS = 0x7f800000;
 
 // State and results of one quantization; `QuantizeArguments` in interface.py has the same fields.
@@ -32,7 +33,7 @@ struct QuantizeArguments {
         return any;
     }
 
-    // Ends a quantization: whether `largest`, of all finite rows, asks for learning.
+    // Ends a quantization: whether `largest`, of all rows that teach, asks for learning.
     bool finish(float largest) const {
         constexpr int FLAG = 2, FROZEN = 3;
         *used = count();
@@ -97,7 +98,8 @@ void row_codes(
 }
 
 // Quantizes one row whose values may be wider than its outliers are stored; the next one lies `stride` on.
-// Returns the bits of its largest magnitude outside the outlier columns, 0 where it is not finite.
+// Returns the bits of its largest magnitude outside the outlier columns, 0 where it is not finite or teaches
+// nothing because its scale is too large.
 template <bool MASKED, typename T, typename Stored>
 int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_t stride, int64_t row) {
     const int64_t columns = arguments.columns;
@@ -125,10 +127,10 @@ int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_
         row_codes<MASKED>(
             values, values + stride, arguments.column_slot, columns, inverse, arguments.largest_code, codes);
     }
-    return maxima.inner;
+    return arguments.scale[row] < TEACHING_LIMIT ? maxima.inner : 0;
 }
 
-// Returns the largest magnitude of all finite rows, outlier columns left out.
+// Returns the largest magnitude of all rows that teach, outlier columns left out.
 template <bool MASKED, typename T>
 float quantize_rows(const QuantizeArguments& arguments, const T* x, int64_t stride, int64_t rows) {
     int32_t largest = 0;

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from mixq_compile.kernels.cpu.availability import PRIORITY, supports
 from mixq_compile.kernels.cpu.build import library
-from mixq_compile.kernels.cpu.interface import type_number
+from mixq_compile.kernels.cpu.interface import CPU, type_number
 from mixq_compile.kernels.cpu.linears import LinearOperands
 from mixq_compile.kernels.cpu.quantization import Quantization, quantize_online
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.state_access import STATES
 
 ROWS_WORTH_FUSING = 256
 """Fewer rows are too few blocks for all threads."""
@@ -43,13 +44,14 @@ def quantized_linear(
     operands = LinearOperands(codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias)
     leading, features, dtype = tuple(codes.shape[:-1]), weight_codes.shape[0], outliers.dtype
     rows, in_features = operands.codes.shape
+    shared = (index, column_slot, column_max, counters, effective_threshold)
     fits = rows >= ROWS_WORTH_FUSING and features * in_features <= LARGEST_FUSED_WEIGHT
     if fits and miss != "per_call":
-        call = Quantization(leading, features, dtype, index, column_slot, bits)
+        state = STATES.current(shared)
+        call = Quantization(leading, features, dtype, state[0], state[1], bits)
         linear = operands.arguments(None, torch.float32, activation)
-        next_state = call.arguments(counters, None if miss == "static" else effective_threshold)
+        next_state = call.arguments(state[3], None if miss == "static" else state[4])
         if not library().mixq_quantized_linear(byref(linear), byref(next_state), type_number(dtype)):
             return *call.results(), call.used
-    numbers = operands.multiply(torch.empty((*leading, features), dtype=dtype), activation)
-    state = (index, column_slot, column_max, counters, effective_threshold)
-    return quantize_online(numbers, *state, bits, miss, 0)  # type: ignore[no-any-return]
+    numbers = operands.multiply(torch.empty((*leading, features), dtype=dtype, device=CPU), activation)
+    return quantize_online(numbers, *shared, bits, miss, 0)  # type: ignore[no-any-return]

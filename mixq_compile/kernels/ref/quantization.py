@@ -5,11 +5,14 @@ It may read the device from the host, which the other providers never do.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW
+from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW, TEACHING_LIMIT
 from mixq_compile.ops.providers import KernelQuery, provider
+from mixq_compile.ops.state_access import STATES, State
 from mixq_compile.ops.weight_codes import EPSILON, aligned_empty
 
 PRIORITY = 0
@@ -24,9 +27,9 @@ def _finite_rows(values: Tensor) -> Tensor:
     return torch.isfinite(values).all(dim=1)
 
 
-def _row_maximum(values: Tensor, column_slot: Tensor, finite: Tensor) -> Tensor:
-    """Largest magnitude of each row outside the outlier columns, 0 in rows that are not finite."""
-    inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~finite[:, None], 0.0)
+def _row_maximum(values: Tensor, column_slot: Tensor, rows: Tensor) -> Tensor:
+    """Largest magnitude of each row outside the outlier columns, 0 in rows that are not among `rows`."""
+    inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~rows[:, None], 0.0)
     return inner.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
 
 
@@ -43,6 +46,11 @@ def _codes_and_scale(values: Tensor, column_slot: Tensor, bits: int) -> tuple[Te
     inner = values.masked_fill(column_slot >= 0, 0.0).masked_fill(~finite[:, None], 0.0)
     codes = torch.round(inner * inverse[:, None]).clamp_(-largest_code, largest_code)
     return codes.to(torch.int8), scale.masked_fill(~finite, torch.nan)
+
+
+def teaching(scale: Tensor) -> Tensor:
+    """Which rows of these scales `[M]` columns are learned from: bool `[M]`."""
+    return scale < TEACHING_LIMIT
 
 
 def _extract(x: Tensor, index: Tensor, count: int) -> Tensor:
@@ -78,8 +86,13 @@ def _largest(pool: list[tuple[float, int]], room: int) -> list[tuple[float, int]
     return sorted(pool, key=lambda entry: (-entry[0], entry[1]))[:room]
 
 
+def column_maxima(values: Tensor, rows: Tensor) -> Tensor:
+    """The largest magnitude of each column of values `[M, K]` over these rows, bool `[M]`: `[K]`."""
+    return values.abs().masked_fill(~rows[:, None], 0.0).amax(dim=0)
+
+
 def grow(
-    values: Tensor,
+    maxima: Tensor,
     index: Tensor,
     column_slot: Tensor,
     column_max: Tensor,
@@ -87,15 +100,13 @@ def grow(
     effective_threshold: Tensor,
     may_evict: bool,
 ) -> None:
-    """Adds the columns of values `[M, K]` above the effective threshold to the state, in place.
+    """Adds the columns whose maximum, in `maxima` `[K]`, is above the effective threshold to the state.
 
     New columns take free slots in ascending order. Where they do not all fit, the C columns of
     largest running maximum stay (without `may_evict`, known columns stay in any case), the others
     are counted as overflow, and the effective threshold rises to the largest maximum left out.
     """
     capacity = index.shape[0]
-    finite = _finite_rows(values)
-    maxima = values.abs().masked_fill(~finite[:, None], 0.0).amax(dim=0)  # [K]
     count = int(counters[COUNT])
     slots = index[:count].long()
     column_max[:count] = torch.maximum(column_max[:count], maxima[slots])
@@ -125,16 +136,14 @@ def grow(
 
 
 def replace(
-    values: Tensor,
+    maxima: Tensor,
     index: Tensor,
     column_slot: Tensor,
     column_max: Tensor,
     counters: Tensor,
     effective_threshold: Tensor,
 ) -> None:
-    """Sets the state to the columns of this call that reach the threshold (policy `per_call`)."""
-    finite = _finite_rows(values)
-    maxima = values.abs().masked_fill(~finite[:, None], 0.0).amax(dim=0)
+    """Sets the state to the columns whose maximum in `maxima` `[K]` reaches the threshold (`per_call`)."""
     reached = (maxima >= effective_threshold).nonzero().flatten()
     found = [(float(maxima[column]), int(column)) for column in reached]
     kept = sorted(_largest(found, index.shape[0]), key=lambda entry: entry[1])
@@ -145,6 +154,23 @@ def replace(
         column_slot[column] = slot
         column_max[slot] = maximum
     counters[COUNT] = len(kept)
+
+
+def learn(values: Tensor, teaches: Tensor | None, state: State, miss: str) -> State:
+    """Changes a state by the columns of values `[M, K]` as the policy says; returns the one that now holds.
+
+    Only the rows in `teaches`, bool `[M]`, count (see `teaching`); None: those that are finite.
+
+    That is the state itself, or this call's copy of it where other threads read it. Under `lazy` what is
+    learned holds for later calls only.
+    """
+    maxima = column_maxima(values, _finite_rows(values) if teaches is None else teaches)
+    if miss == "per_call":
+        return STATES.learn(state, functools.partial(replace, maxima), remembered=False)
+    if miss == "lazy":
+        STATES.learn_later(state, functools.partial(grow, maxima, may_evict=False))
+        return STATES.current(state)
+    return STATES.learn(state, functools.partial(grow, maxima, may_evict=True))
 
 
 @provider("quantize_online", name="ref", priority=PRIORITY, supports=supports)
@@ -164,19 +190,23 @@ def quantize_online(
         codes, scale = _codes_and_scale(matrix.float(), column_slot, bits)
         return *_shaped(x, codes, scale, _extract(matrix, index, 0)), torch.zeros_like(counters[:1])
     values = matrix.float()
-    state = (index, column_slot, column_max, counters, effective_threshold)
+    shared = (index, column_slot, column_max, counters, effective_threshold)
+    state = STATES.current(shared)
     learns = miss != "static" and not int(counters[FROZEN])
     if learns and miss == "per_call":
-        replace(values, *state)
-    row_maximum = _row_maximum(values, column_slot, _finite_rows(values))
-    exceeded = learns and miss != "per_call" and bool((row_maximum > effective_threshold).any())
+        state = learn(values, None, shared, miss)
+    codes, scale = _codes_and_scale(values, state[1], bits)
+    teaches = teaching(scale)
+    row_maximum = _row_maximum(values, state[1], teaches)
+    exceeded = learns and miss != "per_call" and bool((row_maximum > state[4]).any())
     if exceeded and miss != "lazy":
-        grow(values, *state, may_evict=True)
+        state = learn(values, teaches, shared, miss)
+        codes, scale = _codes_and_scale(values, state[1], bits)
+    index, _, _, counters, _ = state
     count = int(counters[COUNT])
-    codes, scale = _codes_and_scale(values, column_slot, bits)
     outliers = _extract(matrix, index, count)
     if exceeded and miss == "lazy":
-        grow(values, *state, may_evict=False)
+        learn(values, teaches, shared, miss)
     counters[FLAG] = 0
     used = torch.full_like(counters[:1], count)
     return *_shaped(x, codes, scale, outliers), used

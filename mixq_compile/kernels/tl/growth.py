@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.kernels.tl.toolkit import ceil_div, power_of_two, tl, triton
-from mixq_compile.ops.outlier_state import COUNT, FLAG, OVERFLOW
+from mixq_compile.ops.outlier_state import COUNT, FLAG, OVERFLOW, TEACHING_LIMIT
 
 EVICT, KEEP, REPLACE = range(3)
 """What happens to known columns when slots run out: the largest of all stay, the known ones stay in any
@@ -29,14 +29,15 @@ _EVICT, _KEEP, _REPLACE = tl.constexpr(EVICT), tl.constexpr(KEEP), tl.constexpr(
 _TICKET, _GROWN, _HEADER = tl.constexpr(TICKET), tl.constexpr(GROWN), tl.constexpr(HEADER)
 _COUNT, _OVERFLOW, _FLAG = (tl.constexpr(place) for place in (COUNT, OVERFLOW, FLAG))
 _LARGEST_FINITE_BITS = tl.constexpr(0x7F7FFFFF)
+_TEACHING_LIMIT = tl.constexpr(TEACHING_LIMIT)
 
 
 @triton.jit
 def _column_maxima(
     x, scale, maxima, strip, rows, columns, splits, x_stride,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    POLICY: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Bits of the column maxima of every `splits`-th tile of rows, over finite rows."""
+    """Bits of the column maxima of every `splits`-th tile of rows, over rows that teach; NaN never does."""
     tiles = tl.cdiv(columns, TILE_COLUMNS)
     column = (strip % tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     split = strip // tiles
@@ -45,7 +46,8 @@ def _column_maxima(
     for start in range(split * TILE_ROWS, rows, splits * TILE_ROWS):
         row = start + tl.arange(0, TILE_ROWS)
         row_scale = tl.load(scale + row, mask=row < rows, other=float("nan"))
-        mask = (row_scale == row_scale)[:, None] & inside[None, :]
+        teaches = row_scale == row_scale if POLICY == _REPLACE else row_scale < _TEACHING_LIMIT
+        mask = teaches[:, None] & inside[None, :]
         values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
         bits = values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.maximum(largest, bits)
@@ -232,7 +234,9 @@ def grow_state(
     """Adds the columns above the threshold to the state; says so in `scratch` when that is done."""
     maxima = scratch + _HEADER + columns
     for strip in range(tl.program_id(0), tl.cdiv(columns, TILE_COLUMNS) * splits, tl.num_programs(0)):
-        _column_maxima(x, scale, maxima, strip, rows, columns, splits, x_stride, TILE_ROWS, TILE_COLUMNS)
+        _column_maxima(
+            x, scale, maxima, strip, rows, columns, splits, x_stride, POLICY, TILE_ROWS, TILE_COLUMNS
+        )
     # All threads of a program must have written before its one atomic publishes that.
     tl.debug_barrier()
     done = tl.atomic_add(scratch + _TICKET, 1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from mixq_compile.kernels.tl.growth import GROWN, TICKET
 from mixq_compile.kernels.tl.toolkit import tl, triton
-from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN
+from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, TEACHING_LIMIT
 from mixq_compile.ops.weight_codes import EPSILON
 
 FIXED, SNAPSHOT, CHECK, ALWAYS = range(4)
 """What happens besides quantizing: nothing; the count is reported; also the flag goes up where a row
-exceeds the threshold; it goes up in any case."""
+that teaches exceeds the threshold; it goes up in any case."""
 
-_EPSILON = tl.constexpr(EPSILON)
+_EPSILON, _TEACHING_LIMIT = tl.constexpr(EPSILON), tl.constexpr(TEACHING_LIMIT)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
 _FIXED, _CHECK, _ALWAYS = (tl.constexpr(mode) for mode in (FIXED, CHECK, ALWAYS))
 _COUNT, _FLAG, _FROZEN = (tl.constexpr(place) for place in (COUNT, FLAG, FROZEN))
@@ -151,7 +151,8 @@ def quantize_rows(
         finite, row_maximum, row_scale, inverse = scales_of(largest_of_row, LARGEST_CODE)
         tl.store(scale + row, row_scale)
         if MODE == _CHECK:
-            tl.store(counters + _FLAG, 1, mask=(row_maximum > threshold) & learns)
+            teaches = row_scale < _TEACHING_LIMIT
+            tl.store(counters + _FLAG, 1, mask=(row_maximum > threshold) & teaches & learns)
 
         for part in tl.static_range(PARTS):
             column = part * PART + tl.arange(0, PART)

@@ -22,6 +22,7 @@ __all__ = [
 
 PRIORITY = 20
 OLDEST_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 try:
     import triton
@@ -72,6 +73,8 @@ def supports(query: KernelQuery) -> bool | str:
         return "the Triton kernels need an NVIDIA GPU"
     if torch.version.hip:
         return "the Triton kernels are written for NVIDIA GPUs, and this PyTorch is built for AMD's"
+    if query.dtype not in DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {query.dtype}"
     found = capability(query.device)
     if found < OLDEST_CAPABILITY:
         return f"needs an NVIDIA GPU of compute capability 8.0 or newer; this one has {found[0]}.{found[1]}"

@@ -64,7 +64,7 @@ def measure(query: KernelQuery, rows: int) -> float:
     """Time of the 16-bit linear over quantization, check and product together, at `rows` rows."""
     features, columns, device = query.out_features or 0, query.in_features or 0, query.device
     with torch.no_grad(), torch.cuda.device(device):
-        x = torch.randn(rows, columns, device=device).clamp_(-4, 4).to(query.dtype)
+        x = torch.randn(rows, columns, dtype=torch.float32, device=device).clamp_(-4, 4).to(query.dtype)
         weight = torch.randn(features, columns, device=device, dtype=query.dtype)
         codes, scale = quantize_weight(weight, TensorFormat(query.weight_bits, "channel"))
         capacity = OutlierPolicy().capacity_for(columns)

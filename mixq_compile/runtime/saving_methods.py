@@ -1,0 +1,67 @@
+"""Gives a swapped transformers model's own `save_pretrained` and `push_to_hub` a meaning, or an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mixq_compile.errors import CheckpointError, OptionError
+from mixq_compile.runtime.checkpoint_saving import save_pretrained
+from mixq_compile.runtime.mixq_linear import MixqLinear
+
+_AGREEING: dict[str, Any] = {
+    "is_main_process": True,
+    "push_to_hub": False,
+    "safe_serialization": True,
+    "state_dict": None,
+    "token": None,
+    "variant": None,
+}
+"""Arguments of transformers' save_pretrained, and the value with which it asks for what is done here."""
+
+
+class SavePretrained:
+    """Stands on a swapped model as its `save_pretrained`: writes a quantized directory.
+
+    Transformers' own would write the codes without what it takes to read them. An object and no bound
+    method, because those come back from pickle as the class's own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: Any, **options: Any) -> None:
+        """Calls `mixq_compile.save_pretrained`. Raises OptionError for an option that it has not."""
+        for name, value in options.items():
+            if name not in _AGREEING or value != _AGREEING[name]:
+                raise OptionError(
+                    f"a quantized model's save_pretrained takes no {name}={value!r}: it writes one "
+                    "model.safetensors, mixq.json and config.json, as mixq_compile.save_pretrained does."
+                )
+        save_pretrained(self.model, save_directory)
+
+
+class PushToHub:
+    """Stands on a swapped model as its `push_to_hub`, and refuses."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        """Raises CheckpointError."""
+        raise CheckpointError(
+            "a quantized model cannot be pushed to a hub from memory: write it with "
+            "mixq_compile.save_pretrained(model, DIR) and upload that directory. Its readers need "
+            "mixq_compile.load_pretrained."
+        )
+
+
+def take_over_saving(model: nn.Module) -> None:
+    """Makes `save_pretrained` of transformers models with a MixqLinear write a quantized directory."""
+    for module in model.modules():
+        is_transformers = hasattr(getattr(module, "config", None), "save_pretrained")
+        if (
+            is_transformers
+            and hasattr(type(module), "save_pretrained")
+            and any(isinstance(part, MixqLinear) for part in module.modules())
+        ):
+            module.__dict__["save_pretrained"] = SavePretrained(module)
+            module.__dict__["push_to_hub"] = PushToHub()
