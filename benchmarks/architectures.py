@@ -27,7 +27,8 @@ def main() -> None:
                 "found": outcome.found,
                 "quantized": outcome.quantized,
                 "skipped": "; ".join(f"{count} × {reason}" for reason, count in outcome.skipped.items()),
-                "sqnr": {route: outcome.sqnr[route] for route in ROUTES},
+                "sqnr": {route: outcome.sqnr[route] for route in ROUTES if route in outcome.sqnr},
+                "without": outcome.without,
             }
         )
     facts = {**environment(), "transformers": transformers.__version__}

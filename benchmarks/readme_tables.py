@@ -211,16 +211,21 @@ def perplexity() -> str:
 
 def architectures() -> str:
     """What the tests run."""
-    found = _load("architectures")
+    found, routes = _load("architectures"), ("backend", "quantize", "export")
     rows = [
         [
             row["architecture"], str(row["found"]), str(row["quantized"]), row["skipped"] or "–",
-            *(f"{row['sqnr'][route]:.1f}" for route in ("backend", "quantize", "export")),
+            *(f"{row['sqnr'][route]:.1f}" if route in row["sqnr"] else "–" for route in routes),
         ]
         for row in found["rows"]
     ]  # fmt: skip
-    header = ["architecture", "linears", "quantized", "left alone", "backend", "quantize", "export"]
-    return _markdown(header, rows)
+    header = ["architecture", "linears", "quantized", "left alone", *routes]
+    missing: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        for route, reason in row["without"].items():
+            missing.setdefault(f"not by the {route} route: {reason}", []).append(row["architecture"])
+    notes = [f"{', '.join(names)} {reason}." for reason, names in missing.items()]
+    return "\n\n".join([_markdown(header, rows), *notes])
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {

@@ -43,7 +43,7 @@ class CheckpointError(MixqError):
 
 
 class ReleasedWeightError(MixqError, RuntimeError):
-    """A 16-bit weight was needed after `release_weights` had freed it."""
+    """A 16-bit weight was needed after `release_weights` or `quantize` had freed it."""
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> OptionError:

@@ -17,6 +17,7 @@ from mixq_compile.calibration.statistics import NAMES_SHOWN, CalibrationStats, L
 from mixq_compile.errors import MixqError, OptionError
 from mixq_compile.ir.linears import is_conv1d, is_plain_linear
 from mixq_compile.ir.names import normalise_fqn
+from mixq_compile.ir.nested_rows import nested_rows
 from mixq_compile.scheme import DEFAULT_THRESHOLD
 from mixq_compile.version import __version__
 
@@ -64,6 +65,7 @@ def calibrate(
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_eval_mode(model))
+        stack.enter_context(_without_fast_attention())
         for module in linears:
             handle = module.register_forward_pre_hook(
                 _hook(accumulators, in_features(module), thresholds), with_kwargs=True
@@ -155,6 +157,8 @@ def _hook(
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         activation = args[0] if args else next(iter(kwargs.values()))
+        if activation.is_nested:
+            activation = nested_rows(activation)
         if activation.shape[-1] != channels:
             return  # The linear is about to raise the error that names the shapes.
         if module not in accumulators:
@@ -191,6 +195,17 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def _without_fast_attention() -> Iterator[None]:
+    # The fast path of nn.TransformerEncoder reads the weights of its linears and calls none of them.
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _total(batches: Iterable[Any], limit: int | None) -> int | None:

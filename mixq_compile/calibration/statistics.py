@@ -113,6 +113,13 @@ class CalibrationStats:
         name = self._resolve(fqn)
         return None if name is None else self.linears.get(name)
 
+    def never_ran(self, fqn: str) -> bool:
+        """True for a linear, found as by `find`, that was there in calibration and never called.
+
+        Raises StatisticsError where several linears match equally well.
+        """
+        return self._resolve(fqn) in self.never_run
+
     def outlier_columns(
         self,
         fqn: str,

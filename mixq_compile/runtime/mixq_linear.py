@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from mixq_compile import ops
 from mixq_compile.errors import OperandError
+from mixq_compile.ir.nested_rows import map_nested_rows
 from mixq_compile.ops.linear import policy_text
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import aligned_empty, dequantize_weight, quantize_weight
+from mixq_compile.runtime.freed_weight import FreedWeight, freed_error
 from mixq_compile.scheme import QuantScheme
 
 TRIPWIRE = "weight"
@@ -22,13 +24,14 @@ Whoever loads the state into an ordinary model meets a wrong shape, in place of 
 """
 FP32_BUFFERS = ("weight_scale", "column_max", "effective_threshold")
 """Buffers that stay fp32 when the module is cast to another dtype."""
+ASSIGNED = "a weight was assigned, which the codes would not follow"
 
 
 class MixqLinear(nn.Module):
     """A quantized linear `[..., K] -> [..., N]`, in eager mode as in compiled graphs.
 
-    Its 16-bit weight is gone; `weight` has its shape, dtype and device for code that reads those,
-    and NaN for code that would compute with it.
+    Its 16-bit weight is gone; `weight` has its shape, dtype and device for code that reads those, and
+    raises ReleasedWeightError for code that would compute with it.
     """
 
     weight_codes: Tensor
@@ -44,8 +47,6 @@ class MixqLinear(nn.Module):
     weight_marker: Tensor
     held = False
     """True while `hold_states` lasts."""
-    fqn: str | None = None
-    """The module's name in its model, for errors."""
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class MixqLinear(nn.Module):
             )
         else:
             self.register_parameter("bias", None)
+        self._place_weight("")
 
     @classmethod
     def from_linear(
@@ -157,9 +159,35 @@ class MixqLinear(nn.Module):
         return "original" if fixed or self.outlier_source.numel() else "codes"
 
     @property
-    def weight(self) -> Tensor:
-        """NaN of the weight's shape, dtype and device, without its memory: not for computing."""
-        return self.weight_marker.expand(self.out_features, self.in_features)
+    def weight(self) -> FreedWeight:
+        """The weight's shape, dtype and device, without its numbers."""
+        return self._freed_weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise freed_error(self.fqn, ASSIGNED)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module` does; raises ReleasedWeightError for `weight`."""
+        if name == "weight":
+            raise freed_error(self.fqn, ASSIGNED)
+        super().register_parameter(name, param)
+
+    @property
+    def fqn(self) -> str:
+        """The name in its model that errors tell; empty until a swap or a load sets it."""
+        return self._freed_weight.fqn
+
+    @fqn.setter
+    def fqn(self, name: str) -> None:
+        self._freed_weight.fqn = name
+
+    def _place_weight(self, fqn: str) -> None:
+        # Kept, not made where it is read: Dynamo cannot trace its making.
+        marker = self.weight_marker
+        self._freed_weight = FreedWeight(
+            (self.out_features, self.in_features), marker.dtype, marker.device, fqn
+        )
 
     def dequantized_weight(self) -> Tensor:
         """The fp32 weight `[N, K]` that the codes stand for."""
@@ -175,6 +203,8 @@ class MixqLinear(nn.Module):
 
         Raises OperandError where x does not have `in_features` columns.
         """
+        if x.is_nested:
+            return map_nested_rows(self.forward, x)
         if x.shape[-1:] != (self.in_features,) and not torch.compiler.is_compiling():
             name = f"{self.fqn}, a {self!r}," if self.fqn else f"a {self!r}"
             raise OperandError(
@@ -252,4 +282,5 @@ class MixqLinear(nn.Module):
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         self.weight_marker = torch.full_like(self.weight_marker, torch.nan)  # `to_empty` leaves any number
+        self._place_weight(self.fqn)
         return self

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mixq_compile.errors import MixqError, OptionError, ReleasedWeightError
@@ -20,19 +21,33 @@ from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import pipeline_for
 from mixq_compile.runtime.saving_methods import take_over_saving
+from mixq_compile.runtime.swap_obstacles import (
+    holders_outside,
+    is_uninitialized,
+    obstacle,
+    replace_in_containers,
+    take_over,
+)
+from mixq_compile.runtime.weight_readers import weight_readers
 from mixq_compile.runtime.weight_store import STORE
 from mixq_compile.scheme import QuantScheme
 
 ALLOWED = ("batch_invariant", "capacity", "force", "ignore", "layers", "miss", "stats", "threshold")
 """The options of MixqOptions that a swap takes, beside the scheme."""
 TIED = "its weight is tied to another module's"
+NEVER_RAN = "it never ran during calibration: no batch reached it, or the model reads its weight"
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The linears that can be swapped, by name: `nn.Linear`, its known equals, and `Conv1D`."""
-    return {
-        name: module for name, module in model.named_modules() if is_plain_linear(module) or is_conv1d(module)
-    }
+    """The linears of a model by name, those that cannot be swapped too: `nn.Linear`s and `Conv1D`s."""
+    return {name: module for name, module in model.named_modules() if _is_linear(module)}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Linear):
+        return is_conv1d(module)
+    weight = getattr(module, "weight", None)
+    return is_uninitialized(weight) or (isinstance(weight, Tensor) and weight.dim() == 2)
 
 
 def quantize(
@@ -41,7 +56,10 @@ def quantize(
     """Swaps the linears of a model for MixqLinears in place; returns the model.
 
     Args:
-        model: any module; its exact `nn.Linear`s and transformers' `Conv1D`s are looked at.
+        model: any module; its `nn.Linear`s and transformers' `Conv1D`s are looked at. Left alone, with the
+            reason in the report, are those whose weight is computed or read by other code, subclasses,
+            and those with parts, state-dict hooks or a forward of their own. Forward hooks and other
+            attributes set on a linear are kept.
         scheme: name of the scheme.
         keep_originals: keep each 16-bit weight as the source of outlier columns found online.
         options: the other fields of MixqOptions: stats, threshold, capacity, miss, ignore, layers,
@@ -82,9 +100,10 @@ def quantize(
 def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> Iterator[LinearRecord]:
     """Decides about each linear, swaps those that are quantized, and records all."""
     select = next(step for step in pipeline_for(options, "jit") if isinstance(step, SelectScheme))
-    linears, tied = linears_of(model), _tied_weights(model)
+    linears = linears_of(model)
+    bound = _bound_elsewhere(model, linears.values(), options)
     decided = {
-        name: (select.scheme_for(name, role_of(name)), _why_not(name, module, tied, options, select))
+        name: (select.scheme_for(name, role_of(name)), _why_not(name, module, bound, options, select))
         for name, module in linears.items()
     }
     if options.stats is not None:
@@ -123,8 +142,10 @@ def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> I
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear as [N, K]."""
+    """The weight of a linear as [N, K]; empty where it has no shape yet."""
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if is_uninitialized(weight):
+        return torch.empty(module.out_features, 0, dtype=weight.dtype, device="cpu")  # type: ignore[call-overload,no-any-return]
     return weight.detach().t() if is_conv1d(module) else weight.detach()
 
 
@@ -137,14 +158,34 @@ def _expert_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield own, parameter
 
 
+def _bound_elsewhere(
+    model: nn.Module, linears: Collection[nn.Module], options: MixqOptions
+) -> dict[int, str]:
+    """id of each linear that more than its own call needs in 16 bit, with the reason."""
+    tied = _tied_weights(model)
+    readers = weight_readers(model, linears)
+    holders = holders_outside(model, linears)
+    bound: dict[int, str] = {}
+    for linear in linears:
+        parameter = linear._parameters.get("weight")
+        if parameter is not None and id(parameter) in tied:
+            bound[id(linear)] = TIED
+        elif id(linear) in readers:
+            bound[id(linear)] = f"its weight is read by {readers[id(linear)]}"
+        elif id(linear) in holders:
+            bound[id(linear)] = f"{holders[id(linear)]} holds it too, where a swap does not reach it"
+    return bound
+
+
 def _why_not(
-    name: str, module: nn.Module, tied: set[int], options: MixqOptions, select: SelectScheme
+    name: str, module: nn.Module, bound: Mapping[int, str], options: MixqOptions, select: SelectScheme
 ) -> str | None:
     """Why a linear is not swapped; None where it is."""
     weight, role = _matrix(module), role_of(name)
-    reason = ineligible(name, role, weight, select.ignore)
-    if reason is None and id(module.weight) in tied:
-        reason = TIED
+    reason = ineligible(name, role, weight, select.ignore) if weight.numel() else None
+    reason = reason or bound.get(id(module)) or obstacle(module)
+    if reason is None and options.stats is not None and options.stats.never_ran(name):
+        reason = NEVER_RAN
     if reason is None and not options.force:
         scheme = select.scheme_for(name, role)
         out_features, in_features = weight.shape
@@ -185,8 +226,10 @@ def _swap(
     )
     swapped.train(linear.training)
     swapped.fqn = name
-    for parent in model.modules():
-        for child, module in parent.named_children():
+    take_over(swapped, linear)
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
             if module is linear:
-                setattr(parent, child, swapped)
+                parent._modules[child] = swapped
+    replace_in_containers(model, linear, swapped)
     return swapped

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.models.architectures import ARCHITECTURES, outcome_of
+from mixq_compile import quantize, report
+from tests.models.architectures import ARCHITECTURES, ROUTES, outcome_of
 
 LEAST_SQNR = 28.0
 MOST_DIFFERENCE = 0.5
@@ -23,6 +24,7 @@ def test_all_routes(architecture):
     assert outcome.quantized > 0, str(outcome)
     assert min(outcome.sqnr.values()) >= LEAST_SQNR, str(outcome)
     assert max(outcome.sqnr.values()) - min(outcome.sqnr.values()) <= MOST_DIFFERENCE, str(outcome)
+    assert set(outcome.sqnr) | set(outcome.without) == set(ROUTES), str(outcome)
 
 
 def test_the_experts_of_a_mixture_are_named_as_left_alone():
@@ -30,3 +32,27 @@ def test_the_experts_of_a_mixture_are_named_as_left_alone():
     outcome = outcome_of(mixtral)
     assert any("grouped" in reason for reason in outcome.skipped), str(outcome)
     assert any("router" in reason for reason in outcome.skipped), str(outcome)
+
+
+READERS = {
+    "nn.TransformerEncoder": "MultiheadAttention.forward",
+    "DeBERTa": "DisentangledSelfAttention.forward",
+    "WavLM": "WavLMAttention.torch_multi_head_self_attention",
+    "Mamba": "MambaMixer",
+    "FalconMamba": "FalconMambaMixer",
+    "Jamba": "JambaMambaMixer",
+    "DETR": "DetrMHAttentionMap.forward",
+}
+"""Architectures of which some module reads a linear's weight, and that module."""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda entry: entry.name)
+def test_the_swap_leaves_alone_just_the_linears_whose_weight_is_read(architecture):
+    reasons = {linear.fqn: linear.skip for linear in report(quantize(architecture.build())).skipped}
+    readers = {reason.partition("is read by ")[2] for reason in reasons.values() if "is read by" in reason}
+    expected = READERS.get(architecture.name)
+    assert len(readers) == (expected is not None), reasons
+    assert all(reader.startswith(expected) for reader in readers), reasons
+    others = [reason for reason in reasons.values() if "is read by" not in reason]
+    known = ("ignored", "too small", "unsupported: grouped")
+    assert all(reason.startswith(known) for reason in others), reasons

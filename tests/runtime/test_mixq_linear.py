@@ -47,16 +47,6 @@ def test_the_16_bit_weight_is_gone() -> None:
     assert module.nbytes < 48 * FEATURES * 4 * 0.7
 
 
-def test_weight_has_the_dtype_and_shape_that_models_ask_for_and_no_memory() -> None:
-    module = MixqLinear.from_linear(linear(torch.bfloat16), SCHEME)
-    assert module.weight.dtype == torch.bfloat16
-    assert module.weight.shape == (48, FEATURES)
-    assert module.weight.device == module.weight_codes.device
-    assert module.weight.untyped_storage().nbytes() == 2
-    assert module.weight.isnan().all(), "computing with it would go unnoticed"
-    assert module.to(torch.float16).weight.dtype == torch.float16
-
-
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "to", "double"])
 def test_a_cast_leaves_scales_and_thresholds_in_fp32(cast: str) -> None:
     module = MixqLinear.from_linear(linear(), SCHEME)
