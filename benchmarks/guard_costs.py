@@ -25,7 +25,7 @@ from mixq_compile.benchmarking.timing import measure_floor
 from mixq_compile.runtime import compiled_graph
 from mixq_compile.runtime.weight_watch import WeightWatch
 
-ROUNDS = 40
+ROUNDS = 120
 CALLS = 50
 RESULTS = Path(__file__).parent / "results" / "guard_costs_cpu.json"
 SHAPES = ((64, 256, 256), (512, 1024, 1024))

@@ -14,7 +14,7 @@ from torch import Tensor
 from mixq_compile.runtime.weight_content import block_count, block_rows, content_sum
 from mixq_compile.runtime.weight_store import STORE, WeightCodes
 
-SHARE = 0.008
+SHARE = 0.005
 """The part of a graph's time that looking at its weights may take."""
 COSTLIEST = 4.0
 """A look that took more than so many times the cheapest one was interrupted, and is not counted whole."""
