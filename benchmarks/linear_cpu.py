@@ -19,9 +19,10 @@ from record import RESULTS, environment
 from torch.nn import functional
 
 from mixq_compile import ops
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import TensorFormat
+from mixq_compile.scheme import WeightRecipe
 
 SHAPES = (
     (8192, 384, 384),
@@ -44,7 +45,7 @@ class Layer:
         self.x = torch.randn(rows, in_features).clamp_(-4, 4)
         self.weight = torch.randn(out_features, in_features) * in_features**-0.5
         self.bias = torch.randn(out_features)
-        self.codes, self.scale = quantize_weight(self.weight, TensorFormat(8, "channel"))
+        self.codes, self.scale = quantize_weight(self.weight, WeightRecipe(TensorFormat(8)))
         columns = [place * in_features // max(outliers, 1) for place in range(outliers)]
         self.x[:, columns] *= 20
         self.state = OutlierState.create(in_features, 16, 6.0, "cpu")

@@ -38,7 +38,9 @@ class TensorFormat:
         if self.bits not in BITS:
             raise OptionError(f"a format has 2, 4 or 8 bits, not {self.bits!r}. Formats: {_EXAMPLES}.")
         if self.group is not None and (isinstance(self.group, bool) or self.group < 1):
-            raise OptionError(f"a format's groups have 1 column or more, not {self.group!r}.")
+            raise OptionError(
+                f"a format's groups have 1 column or more, not {self.group!r}. Formats: {_EXAMPLES}."
+            )
         if self.scale == "power_of_two" and (self.group is None or not self.signed):
             raise OptionError(
                 f"a format with shared exponents is signed and in groups. Formats: {_EXAMPLES}."

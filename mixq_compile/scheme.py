@@ -11,42 +11,25 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from mixq_compile.errors import OptionError, unknown_name
+from mixq_compile.formats import TensorFormat
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DEFAULT_THRESHOLD = 6.0
 
 MissPolicy = Literal["exact", "lazy", "frozen", "static", "per_call"]
 MISS_POLICIES: tuple[str, ...] = get_args(MissPolicy)
 
-Granularity = Literal["tensor", "channel", "token", "group"]
 WeightSolver = Literal["absmax", "clip"]
+SOLVERS: tuple[str, ...] = get_args(WeightSolver)
 
 
 @dataclass(frozen=True)
-class TensorFormat:
-    """How the numbers of one tensor are stored."""
+class WeightRecipe:
+    """How the codes of a weight come about: what a packed weight is known by."""
 
-    bits: int
-    """Bits of one code: 8 or 4."""
-    granularity: Granularity
-    """What shares one scale: an output `channel`, a `token` (row), a `group` of input channels."""
-    symmetric: bool = True
-    dynamic: bool = False
-    """True where the scale is computed anew in every call."""
-    group_size: int | None = None
+    format: TensorFormat
     solver: WeightSolver = "absmax"
-    """How a weight's scale is chosen: its largest magnitude, or a search over clipped ones."""
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise OptionError(f"a TensorFormat has 4 or 8 bits, not {self.bits}.")
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise OptionError("group_size is given exactly when the granularity is 'group'.")
-
-    @property
-    def largest_code(self) -> int:
-        """The largest code, `2^(bits-1) - 1`; the smallest is its negative."""
-        return (1 << (self.bits - 1)) - 1
+    """How scales are chosen: from the largest magnitude, or by a search over clipped ones (`clip`)."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +89,25 @@ class QuantScheme:
     name: str
     summary: str
     weight: TensorFormat
+    """The weight's format, solved for once."""
     activation: TensorFormat | None = None
-    """None: the activation stays in 16 bit (a weight-only scheme)."""
+    """The activation's, with scales found anew in every call. None: it stays in 16 bit (weight-only)."""
     outliers: OutlierPolicy | None = None
     """None: no outlier columns are kept."""
-    eight_bit_roles: tuple[str, ...] = field(default=())
-    """Roles of linears that take `w8a8o16` instead, because 4 bits ruin them."""
+    solver: WeightSolver = "absmax"
+    """How the weight's scales are chosen."""
+    instead: tuple[tuple[str, str], ...] = field(default=())
+    """Roles of linears that this scheme ruins, each with the name of the scheme that they take instead."""
     version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise unknown_name("weight solver", self.solver, SOLVERS)
+
+    @property
+    def recipe(self) -> WeightRecipe:
+        """How a weight of this scheme is packed."""
+        return WeightRecipe(self.weight, self.solver)
 
     def with_outliers(self, **changes: Any) -> QuantScheme:
         """A copy with fields of the outlier policy replaced; unchanged where there is none."""
@@ -121,24 +116,48 @@ class QuantScheme:
         return dataclasses.replace(self, outliers=dataclasses.replace(self.outliers, **changes))
 
     def to_json(self) -> dict[str, Any]:
-        """The scheme as JSON-able data, with its schema version."""
-        outliers = None if self.outliers is None else self.outliers.to_json()
-        return {**dataclasses.asdict(self), "outliers": outliers}
+        """The scheme as JSON-able data, with its schema version; formats are texts."""
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "weight": str(self.weight),
+            "activation": None if self.activation is None else str(self.activation),
+            "outliers": None if self.outliers is None else self.outliers.to_json(),
+            "solver": self.solver,
+            "instead": [list(pair) for pair in self.instead],
+            "version": self.version,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> QuantScheme:
-        """The scheme that `to_json` wrote. Raises OptionError for another schema version."""
-        if data.get("version") != SCHEMA_VERSION:
+        """The scheme that `to_json` wrote, by this release or the first. Raises OptionError for others."""
+        version = data.get("version")
+        if version not in (1, SCHEMA_VERSION):
             raise OptionError(
-                f"scheme {data.get('name')!r} has schema version {data.get('version')!r}; "
-                f"this release reads version {SCHEMA_VERSION}. Quantize the model again."
+                f"scheme {data.get('name')!r} has schema version {version!r}; "
+                f"this release reads versions 1 and {SCHEMA_VERSION}. Quantize the model again."
             )
-        outliers = data["outliers"]
+        if version == 1:
+            data = _of_the_first_schema(data)
+        outliers, activation = data["outliers"], data["activation"]
         return cls(
             name=data["name"],
             summary=data["summary"],
-            weight=TensorFormat(**data["weight"]),
-            activation=TensorFormat(**data["activation"]) if data["activation"] else None,
+            weight=TensorFormat.parse(data["weight"]),
+            activation=None if activation is None else TensorFormat.parse(activation),
             outliers=None if outliers is None else OutlierPolicy.from_json(outliers),
-            eight_bit_roles=tuple(data["eight_bit_roles"]),
+            solver=data["solver"],
+            instead=tuple((role, scheme) for role, scheme in data["instead"]),
         )
+
+
+def _of_the_first_schema(data: dict[str, Any]) -> dict[str, Any]:
+    """The same scheme as `to_json` writes it now: formats were fields, of which kernels read the bits."""
+    weight, activation = data["weight"], data["activation"]
+    return {
+        **data,
+        "weight": f"int{weight['bits']}",
+        "activation": None if activation is None else f"int{activation['bits']}",
+        "solver": weight["solver"],
+        "instead": [[role, "w8a8o16"] for role in data["eight_bit_roles"]],
+    }

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixq_compile.formats import INT8, TensorFormat
 from mixq_compile.ops import composition
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.providers import KernelQuery, small_batch_limit
 from mixq_compile.ops.weight_codes import EPSILON, dequantize_weight, quantize_weight
-from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, TensorFormat
+from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, WeightRecipe
 
 ACTIVATION_BITS = 8
 
@@ -57,8 +58,10 @@ class PackedLinear:
     def pack(cls, weight: Tensor, bits: int, capacity: int, kernel: str) -> PackedLinear:
         """Quantizes a weight; its state knows no columns yet."""
         out_features, in_features = weight.shape
-        codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
-        query = KernelQuery("mixed_linear", weight.device, weight.dtype, bits, in_features, out_features)
+        codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(bits)))
+        query = KernelQuery(
+            "mixed_linear", weight.device, weight.dtype, TensorFormat(bits), INT8, in_features, out_features
+        )
         return cls(
             weight=weight,
             codes=codes,

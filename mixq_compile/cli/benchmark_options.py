@@ -11,7 +11,7 @@ import typer
 from mixq_compile.benchmarking.choices import MODEL_PEERS, PEERS, parse_names, parse_numbers, parse_schemes
 from mixq_compile.benchmarking.shapes import MODELS, find_model, parse_shape
 from mixq_compile.cli.options import valid
-from mixq_compile.scheme import TensorFormat
+from mixq_compile.formats import TensorFormat
 
 
 def _each_shape(texts: Sequence[str]) -> None:
@@ -40,9 +40,7 @@ Rows = Annotated[
 ]
 Bits = Annotated[
     int,
-    typer.Option(
-        callback=valid(lambda bits: TensorFormat(bits, "channel")), help="Bits of a weight code: 8 or 4."
-    ),
+    typer.Option(callback=valid(lambda bits: TensorFormat(bits)), help="Bits of a weight code: 8 or 4."),
 ]
 Peers = Annotated[
     str,

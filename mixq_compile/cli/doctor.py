@@ -17,6 +17,7 @@ import typer
 
 from mixq_compile.cli.options import Json
 from mixq_compile.cli.output import console, print_json, print_table
+from mixq_compile.formats import TensorFormat
 from mixq_compile.schemes.registry import get_scheme, scheme_names
 from mixq_compile.version import __version__
 
@@ -168,7 +169,9 @@ def _kernels(device_types: list[str]) -> list[dict[str, Any]]:
             for provider in providers_of(operator):
                 for dtype in DTYPES:
                     for bits in (8, 4):
-                        query = KernelQuery(operator, torch.device(device), getattr(torch, dtype), bits)
+                        query = KernelQuery(
+                            operator, torch.device(device), getattr(torch, dtype), TensorFormat(bits)
+                        )
                         verdict = provider.supports(query)
                         rows.append(
                             {

@@ -86,6 +86,7 @@ def _measure(
     import torch
     from rich.progress import Progress
 
+    from mixq_compile.formats import INT8, TensorFormat
     from mixq_compile.kernels.tl.tuning import measure_into
     from mixq_compile.ops.providers import KernelQuery, load_providers
 
@@ -96,7 +97,13 @@ def _measure(
             for count in counts:
                 progress.update(task, description=f"{one} at {count} rows")
                 query = KernelQuery(
-                    "mixed_linear", device, torch.bfloat16, bits, one.in_features, one.out_features
+                    "mixed_linear",
+                    device,
+                    torch.bfloat16,
+                    TensorFormat(bits),
+                    INT8,
+                    one.in_features,
+                    one.out_features,
                 )
                 measure_into(table, query, count)
                 progress.advance(task)

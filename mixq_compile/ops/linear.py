@@ -17,7 +17,7 @@ from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
 from mixq_compile.ops.state_access import STATES, state_access
 from mixq_compile.ops.traits import declare
-from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.ops.weight_codes import format_of
 from mixq_compile.scheme import OutlierPolicy
 
 
@@ -43,7 +43,7 @@ def small_batch_limit_of(x: Tensor, weight_codes: Tensor, in_features: int, batc
     """
     if batch_invariant:
         return 0
-    return small_batch_limit(linear_query(x, weight_codes.shape[0], in_features, weight_bits(weight_codes)))
+    return small_batch_limit(linear_query(x, weight_codes.shape[0], in_features, format_of(weight_codes)))
 
 
 @torch.library.custom_op(

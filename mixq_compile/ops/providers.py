@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mixq_compile.errors import KernelError, unknown_name
+from mixq_compile.formats import INT8, TensorFormat
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,10 @@ class KernelQuery:
     device: torch.device
     dtype: torch.dtype
     """dtype of the activation: bfloat16, float16 or float32."""
-    weight_bits: int = 8
+    weight: TensorFormat = INT8
+    """Format of the weight's codes."""
+    activation: TensorFormat | None = INT8
+    """Format of the activation's codes; None where it stays in 16 bit."""
     in_features: int | None = None
     out_features: int | None = None
 
@@ -166,7 +170,7 @@ def named(op: str, name: str) -> Provider:
 @functools.lru_cache(maxsize=4096)
 def _chosen(op: str, device: torch.device, dtype: torch.dtype, weight_bits: int) -> Callable[..., Any]:
     """The function that `choose` chooses; in every call, where a query costs microseconds to hash."""
-    return choose(KernelQuery(op, device, dtype, weight_bits)).function
+    return choose(KernelQuery(op, device, dtype, TensorFormat(weight_bits))).function
 
 
 def run(op: str, kernel: str, x: torch.Tensor, weight_bits: int, *arguments: Any) -> Any:
@@ -196,11 +200,23 @@ def provider_names() -> tuple[str, ...]:
 
 
 def linear_query(
-    x: torch.Tensor, out_features: int, in_features: int, bits: int, weight_only: bool = False
+    x: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    weight: TensorFormat,
+    activation: TensorFormat | None = INT8,
 ) -> KernelQuery:
-    """The query for the product of a linear whose weight codes have this many bits."""
-    op = "weight_only_linear" if weight_only else "mixed_linear"
-    return KernelQuery(op, x.device, x.dtype, bits, in_features, out_features)
+    """The query for the product of a linear of these formats; without an activation's, weight-only."""
+    op = "weight_only_linear" if activation is None else "mixed_linear"
+    return KernelQuery(op, x.device, x.dtype, weight, activation, in_features, out_features)
+
+
+def refused_format(query: KernelQuery) -> str | None:
+    """Why kernels of a row's one scale do not compute with the formats of a query; None where they do."""
+    for fmt in (query.weight, query.activation):
+        if fmt is not None and (not fmt.per_row or fmt.bits not in (4, 8)):
+            return f"it computes with int8 and int4, with one scale a row, not with {fmt}"
+    return None
 
 
 def small_batch_limit(query: KernelQuery, kernel: str = AUTO) -> int:

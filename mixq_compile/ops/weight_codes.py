@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixq_compile.scheme import TensorFormat
+from mixq_compile.errors import OptionError
+from mixq_compile.formats import INT4, INT8, TensorFormat
+from mixq_compile.scheme import WeightRecipe
 
 ROW_ALIGNMENT = 16
 EPSILON = 2.0**-96
@@ -26,6 +28,16 @@ def aligned_empty(leading: tuple[int, ...], columns: int, dtype: torch.dtype, de
 def weight_bits(weight_codes: Tensor) -> int:
     """8 for int8 codes, 4 for packed uint8 ones."""
     return 4 if weight_codes.dtype == torch.uint8 else 8
+
+
+def codes_dtype(fmt: TensorFormat) -> torch.dtype:
+    """The dtype of codes in memory: int8, or uint8 where they count from 0 or several share a byte."""
+    return torch.int8 if fmt.bits == 8 and fmt.signed else torch.uint8
+
+
+def format_of(weight_codes: Tensor) -> TensorFormat:
+    """The format of a weight that integer kernels multiply: a scale for each row."""
+    return INT4 if weight_codes.dtype == torch.uint8 else INT8
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -74,14 +86,17 @@ def _clip_search(weight: Tensor, largest: Tensor, fmt: TensorFormat) -> Tensor:
     return best_scale
 
 
-def quantize_weight(weight: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, recipe: WeightRecipe) -> tuple[Tensor, Tensor]:
     """Codes and fp32 scales `[N]` of a weight `[N, K]`, one scale per output channel.
 
     Codes are int8 `[N, K]` or, for 4 bits, packed uint8 `[N, ceil(K/2)]`.
     """
+    fmt = recipe.format
+    if not fmt.per_row or fmt.bits not in (4, 8):
+        raise OptionError(f"no kernel multiplies {fmt} weights: int8 and int4, with a scale for each row.")
     values = weight.detach().float()
     largest = values.abs().amax(dim=1).clamp_min(EPSILON)  # [N]
-    if fmt.solver == "clip":
+    if recipe.solver == "clip":
         scale = _clip_search(values, largest, fmt)
     else:
         # A tensor, because GPUs divide by a number through its reciprocal, with another last bit.

@@ -7,11 +7,12 @@ from typing import Any
 from torch.fx import Node
 
 from mixq_compile.errors import PipelineError
+from mixq_compile.formats import INT8
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
 from mixq_compile.ops.operands import operand
 from mixq_compile.ops.traits import traits_of
-from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.ops.weight_codes import format_of
 
 REFERENCE = "ref"
 
@@ -27,8 +28,8 @@ def kernel_query(graph: CapturedGraph, node: Node, operator: Any = None) -> prov
         raise PipelineError(f"{target} is no operator of mixq_compile: no provider has a kernel for it.")
     source = operand(node, traits.source)
     value = graph.value(source[0] if isinstance(source, (list, tuple)) else source)
-    bits = weight_bits(graph.value(operand(node, "weight_codes"))) if traits.product else 8
-    return providers.KernelQuery(traits.name, value.device, value.dtype, bits)
+    weight = format_of(graph.value(operand(node, "weight_codes"))) if traits.product else INT8
+    return providers.KernelQuery(traits.name, value.device, value.dtype, weight)
 
 
 def why_only_reference(graph: CapturedGraph, node: Node, operator: Any) -> str | None:

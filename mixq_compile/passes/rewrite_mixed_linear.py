@@ -80,7 +80,7 @@ class RewriteMixedLinear(Pass):
             return 0
         x, weight = graph.value(operand(node, "input")), graph.value(operand(node, "weight"))
         out_features, in_features = weight.shape
-        query = providers.linear_query(x, out_features, in_features, scheme.weight.bits)
+        query = providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
         return providers.small_batch_limit(query, self.kernel)
 
 

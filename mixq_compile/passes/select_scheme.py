@@ -54,6 +54,15 @@ def ineligible(fqn: str, role: str, weight: Tensor, ignore: Sequence[str]) -> st
     return None
 
 
+def no_kernel(query: providers.KernelQuery) -> str | None:
+    """Why no provider computes a linear of this query's device, dtype and formats; None where one does."""
+    chosen, refused = providers.rejections(query)
+    if chosen is not None:
+        return None
+    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+    return f"no kernel on {query.device.type}: {reasons}"
+
+
 def not_faster(query: providers.KernelQuery, rows: Sequence[int], kernel: str = providers.AUTO) -> str | None:
     """Why a linear would gain at none of these numbers of rows; None where it would, or nothing is known."""
     if kernel == providers.AUTO:
@@ -115,8 +124,9 @@ class SelectScheme(Pass):
                 chosen = scheme
                 break
         found = get_scheme(chosen)
-        if role in found.eight_bit_roles:
-            found = get_scheme("w8a8o16")
+        instead = dict(found.instead).get(role)
+        if instead is not None:
+            found = get_scheme(instead)
         changes = {"threshold": self.threshold, "capacity": self.capacity, "miss": self.miss}
         return found.with_outliers(**{name: value for name, value in changes.items() if value is not None})
 
@@ -133,6 +143,8 @@ class SelectScheme(Pass):
                 weight is not None and context.weights is not None and context.weights.is_released(weight)
             )
             reason = self._ineligible(graph, node, weight, embedded)
+            if reason is None:
+                reason = self._no_kernel(graph, node, scheme)
             if reason is None and not self.force and not released:
                 reason = self._not_faster(graph, node, scheme, siblings.get(node, [node]))
             if reason is not None and released:
@@ -163,6 +175,12 @@ class SelectScheme(Pass):
             reason = f"its input is {x.dtype}, not a floating-point type that has kernels"
         return reason
 
+    def _no_kernel(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> str | None:
+        out_features, in_features = graph.value(operand(node, "weight")).shape
+        x = graph.value(operand(node, "input"))
+        query = providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
+        return no_kernel(query)
+
     def _siblings(self, graph: CapturedGraph, embedded: set[int]) -> dict[Node, list[Node]]:
         """For each eligible linear those, itself among them, that read its value with its scheme."""
         found: dict[tuple[Node, QuantScheme], list[Node]] = defaultdict(list)
@@ -184,8 +202,7 @@ class SelectScheme(Pass):
         def query_of(nodes: Sequence[Node]) -> providers.KernelQuery:
             out_features = sum(graph.value(operand(each, "weight")).shape[0] for each in nodes)
             in_features = graph.value(operand(node, "weight")).shape[1]
-            weight_only = scheme.activation is None
-            return providers.linear_query(x, out_features, in_features, scheme.weight.bits, weight_only)
+            return providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
 
         alone = query_of([node])
         return not_faster(query_of(siblings) if _merges(alone, self.kernel) else alone, rows, self.kernel)

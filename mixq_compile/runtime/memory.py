@@ -39,7 +39,8 @@ def free_bytes(device: torch.device) -> int | None:
 def check(weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) -> None:
     """Says what packing these weights keeps in memory; raises MixqError where it does not fit."""
     held = sum(weight.nbytes for weight, _ in weights)
-    needed = sum(weight.numel() * scheme.weight.bits // 8 for weight, scheme in weights)
+    # A transposed weight has as many codes, and the scales of its columns are few beside them.
+    needed = sum(scheme.weight.nbytes(*weight.shape) for weight, scheme in weights)
     device = weights[0][0].device
     available = free_bytes(device)
     if available is not None and needed > available * (1 - RESERVE):

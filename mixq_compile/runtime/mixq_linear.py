@@ -13,7 +13,7 @@ from mixq_compile.errors import OperandError
 from mixq_compile.ir.nested_rows import map_nested_rows
 from mixq_compile.ops.linear import policy_text
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
-from mixq_compile.ops.weight_codes import aligned_empty, dequantize_weight, quantize_weight
+from mixq_compile.ops.weight_codes import aligned_empty, codes_dtype, dequantize_weight, quantize_weight
 from mixq_compile.runtime.freed_weight import FreedWeight, freed_error
 from mixq_compile.scheme import QuantScheme
 
@@ -68,11 +68,12 @@ class MixqLinear(nn.Module):
         policy = scheme.outliers
         self.policy = policy_text(policy)
         capacity = policy.capacity_for(in_features) if policy else 0
-        codes_columns = in_features if scheme.weight.bits == 8 else (in_features + 1) // 2
-        codes_dtype = torch.int8 if scheme.weight.bits == 8 else torch.uint8
+        _, row_bytes = scheme.weight.codes_shape(out_features, in_features)
         self.register_buffer(
             "weight_codes",
-            aligned_empty((out_features,), codes_columns, codes_dtype, torch.device(device)).zero_(),
+            aligned_empty(
+                (out_features,), row_bytes, codes_dtype(scheme.weight), torch.device(device)
+            ).zero_(),
         )
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         state = OutlierState.create(
@@ -123,7 +124,7 @@ class MixqLinear(nn.Module):
             in_features, out_features, scheme,
             bias=bias is not None, dtype=weight.dtype, device=weight.device, batch_invariant=batch_invariant,
         )  # fmt: skip
-        module.weight_codes, module.weight_scale = quantize_weight(weight, scheme.weight)
+        module.weight_codes, module.weight_scale = quantize_weight(weight, scheme.recipe)
         if bias is not None and module.bias is not None:
             module.bias.data = bias.detach().clone()
         if keep_original:

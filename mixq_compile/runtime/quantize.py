@@ -15,7 +15,7 @@ from mixq_compile.ir.roles import OTHER, role_of
 from mixq_compile.ops import providers
 from mixq_compile.passes.annotate_outliers import calibrated_columns
 from mixq_compile.passes.canonicalize_linear import GROUPED
-from mixq_compile.passes.select_scheme import LARGE_BATCH, SelectScheme, ineligible, not_faster
+from mixq_compile.passes.select_scheme import LARGE_BATCH, SelectScheme, ineligible, no_kernel, not_faster
 from mixq_compile.runtime.compilation import LinearRecord, remember_swap, swapped_linears
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.options import MixqOptions
@@ -186,13 +186,11 @@ def _why_not(
     reason = reason or bound.get(id(module)) or obstacle(module)
     if reason is None and options.stats is not None and options.stats.never_ran(name):
         reason = NEVER_RAN
-    if reason is None and not options.force:
+    if reason is None:
         scheme = select.scheme_for(name, role)
         out_features, in_features = weight.shape
-        query = providers.linear_query(
-            weight, out_features, in_features, scheme.weight.bits, weight_only=scheme.activation is None
-        )
-        reason = not_faster(query, [LARGE_BATCH])
+        query = providers.linear_query(weight, out_features, in_features, scheme.weight, scheme.activation)
+        reason = no_kernel(query) or (None if options.force else not_faster(query, [LARGE_BATCH]))
     return reason
 
 

@@ -20,12 +20,12 @@ from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.joint_rows import held_bytes
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.state_access import exclusive_access
-from mixq_compile.ops.weight_codes import quantize_weight
+from mixq_compile.ops.weight_codes import codes_dtype, quantize_weight
 from mixq_compile.runtime import memory
 from mixq_compile.runtime.released_parameter import ReleasedParameter, give_up_memory
 from mixq_compile.runtime.torch_compat import fingerprint
 from mixq_compile.runtime.weight_content import content_of
-from mixq_compile.scheme import QuantScheme, TensorFormat
+from mixq_compile.scheme import QuantScheme, WeightRecipe
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class WeightCodes:
     """[N, K] int8, or [N, ceil(K/2)] uint8 with two 4-bit codes a byte."""
     weight_scale: Tensor
     """[N] fp32."""
-    format: TensorFormat
+    recipe: WeightRecipe
     transposed: bool
     """True where the parameter is [K, N], as GPT-2's Conv1D has it."""
     packed_from: tuple[int, int]
@@ -98,8 +98,8 @@ class _StateKey:
 class _Entry:
     """What is known of one parameter."""
 
-    codes: dict[tuple[TensorFormat, bool, torch.device], WeightCodes] = field(default_factory=dict)
-    packed: dict[tuple[TensorFormat, bool, torch.device, int, torch.dtype], PackedWeight] = field(
+    codes: dict[tuple[WeightRecipe, bool, torch.device], WeightCodes] = field(default_factory=dict)
+    packed: dict[tuple[WeightRecipe, bool, torch.device, int, torch.dtype], PackedWeight] = field(
         default_factory=dict
     )
     states: dict[_StateKey, OutlierState] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class WeightStore:
         with self._writing:
             entry = self._entry(weight)
             codes = self._codes(entry, weight, scheme, transposed)
-            key = (scheme.weight, transposed, weight.device, capacity, dtype)
+            key = (scheme.recipe, transposed, weight.device, capacity, dtype)
             if key not in entry.packed:
                 entry.packed[key] = PackedWeight(
                     codes=codes,
@@ -166,7 +166,7 @@ class WeightStore:
             return entry.packed[key]
 
     def _codes(self, entry: _Entry, weight: Tensor, scheme: QuantScheme, transposed: bool) -> WeightCodes:
-        key = (scheme.weight, transposed, weight.device)
+        key = (scheme.recipe, transposed, weight.device)
         if key in entry.codes:
             self.refresh(weight, look=True)
             return entry.codes[key]
@@ -178,15 +178,14 @@ class WeightStore:
         matrix = _as_matrix(weight, transposed)
         if not has_data(weight):
             out_features, in_features = matrix.shape
-            codes_columns = in_features if scheme.weight.bits == 8 else (in_features + 1) // 2
-            codes_dtype = torch.int8 if scheme.weight.bits == 8 else torch.uint8
-            codes = weight.new_empty((out_features, codes_columns), dtype=codes_dtype)
+            shape, dtype = scheme.weight.codes_shape(out_features, in_features), codes_dtype(scheme.weight)
+            codes = weight.new_empty(shape, dtype=dtype)
             scale = weight.new_empty((out_features,), dtype=torch.float32)
         else:
-            codes, scale = quantize_weight(matrix, scheme.weight)
+            codes, scale = quantize_weight(matrix, scheme.recipe)
         packed_from = fingerprint(weight) if has_data(weight) else (0, 0)
         content = content_of(weight) if has_data(weight) else None
-        entry.codes[key] = WeightCodes(codes, scale, scheme.weight, transposed, packed_from, content)
+        entry.codes[key] = WeightCodes(codes, scale, scheme.recipe, transposed, packed_from, content)
         return entry.codes[key]
 
     def fill(self, packed: PackedWeight, weight: Tensor, state: OutlierState) -> None:
@@ -296,7 +295,7 @@ class WeightStore:
 
     def _pack_again(self, entry: _Entry, weight: Tensor, stale: Sequence[WeightCodes]) -> None:
         # Solved first, because nothing should take long while other threads' calls wait.
-        fresh = [quantize_weight(_as_matrix(weight, codes.transposed), codes.format) for codes in stale]
+        fresh = [quantize_weight(_as_matrix(weight, codes.transposed), codes.recipe) for codes in stale]
         with exclusive_access(weight.device):
             for codes, (values, scale) in zip(stale, fresh, strict=True):
                 codes.weight_codes.copy_(values)

@@ -10,13 +10,14 @@ import torch
 from commands import mixq, mixq_json
 
 from mixq_compile.cli import tune as command
+from mixq_compile.formats import INT8
 from mixq_compile.kernels.tl import measured, speed_table, tuning
 from mixq_compile.kernels.tl.speed_table import SpeedTable, cache_file, interpolate, save, shipped, tuned
 from mixq_compile.ops.providers import KernelQuery
 
 GPU = torch.device("cuda")
 OTHER = "NVIDIA Imaginary 1"
-LINEAR = KernelQuery("mixed_linear", GPU, torch.bfloat16, 8, 4096, 11008)
+LINEAR = KernelQuery("mixed_linear", GPU, torch.bfloat16, INT8, INT8, 4096, 11008)
 SHAPE = (8, 11008, 4096)
 
 

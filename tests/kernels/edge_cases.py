@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import declarations as ops
 from mixq_compile.ops.activated_linear import activated_linear
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import dequantize_weight, quantize_weight
-from mixq_compile.scheme import TensorFormat
+from mixq_compile.scheme import WeightRecipe
 
 THRESHOLD = 6.0
 POLICIES = ("exact", "lazy", "frozen", "static", "per_call")
@@ -326,7 +327,7 @@ def linear(case: LinearCase, dtype: torch.dtype, device: torch.device | str, see
     x[:, spread] *= 20.0
     x = x.reshape(*case.leading, case.in_features) if case.leading else x
     weight = _normal(case.out_features, case.in_features, seed=seed + 1, scale=0.1).to(dtype)
-    codes, scale = quantize_weight(weight, TensorFormat(case.weight_bits, "channel"))
+    codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(case.weight_bits)))
     if not case.aligned_weight:
         codes = codes.contiguous()
     bias = _normal(case.out_features, seed=seed + 2).to(dtype) if case.bias else None

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mixq_compile.errors import KernelError
+from mixq_compile.formats import INT8
 from mixq_compile.kernels.cpu import availability, build, linears, measured
 from mixq_compile.kernels.cpu import quantized_linear as cpu_quantized_linear
 from mixq_compile.kernels.cpu.linears import LinearOperands
@@ -394,7 +395,7 @@ def test_what_is_supported():
     assert "not torch.float64" in availability.supports(KernelQuery("mixed_linear", cpu, torch.float64))
     cuda = KernelQuery("mixed_linear", torch.device("cuda"), torch.float32)
     assert "not on cuda" in availability.supports(cuda)
-    query = KernelQuery("mixed_linear", cpu, torch.float32, 8, 64, 64)
+    query = KernelQuery("mixed_linear", cpu, torch.float32, INT8, INT8, 64, 64)
     assert choose(query).name == "cpu"
     assert small_batch_limit(query) == 0
 
@@ -407,7 +408,7 @@ def test_a_dtype_that_kernels_do_not_know():
 
 @pytest.mark.parametrize("op", ["mixed_linear", "weight_only_linear"])
 def test_speedup_is_measured_once(op, monkeypatch):
-    query = KernelQuery(op, torch.device("cpu"), torch.float32, 8, 64, 48)
+    query = KernelQuery(op, torch.device("cpu"), torch.float32, INT8, INT8, 64, 48)
     ratio = choose(query).speedup(query, 100)
     assert ratio > 0
     monkeypatch.setattr(measured, "_ratio_of_times", lambda *functions: pytest.fail("measured again"))

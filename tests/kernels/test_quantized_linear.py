@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mixq_compile.errors import MixqError
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import OutlierState, quantize, quantized_linear
 from mixq_compile.ops.providers import KernelQuery, rejections
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import TensorFormat
+from mixq_compile.scheme import WeightRecipe
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def operands(rows, in_features, out_features, dtype, planted=True, bias=True):
     weight = torch.randn(out_features, in_features) * 0.1
     if planted:
         weight[5] *= 12
-    weight_codes, weight_scale = quantize_weight(weight, TensorFormat(8, "channel"))
+    weight_codes, weight_scale = quantize_weight(weight, WeightRecipe(TensorFormat(8)))
     state = OutlierState.create(in_features, 16, 6.0, "cpu")
     state.preload([3])
     outlier_weight = torch.zeros(out_features, 16, dtype=dtype)

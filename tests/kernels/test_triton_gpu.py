@@ -6,6 +6,7 @@ import edge_cases
 import pytest
 import torch
 
+from mixq_compile.formats import INT8
 from mixq_compile.ops import declarations as ops
 from mixq_compile.ops.outlier_state import COUNT, OVERFLOW, OutlierState
 from mixq_compile.ops.providers import KernelQuery, choose, load_providers, small_batch_limit
@@ -301,6 +302,6 @@ def test_exact_calls_end_below_the_threshold():
 
 def test_is_chosen_on_a_gpu():
     load_providers()
-    query = KernelQuery("mixed_linear", torch.device("cuda"), torch.bfloat16, 8, 4096, 4096)
+    query = KernelQuery("mixed_linear", torch.device("cuda"), torch.bfloat16, INT8, INT8, 4096, 4096)
     assert choose(query).name == "tl"
     assert small_batch_limit(query) > 0

@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 
+from mixq_compile.formats import INT4, INT8
 from mixq_compile.kernels.tl import measured, toolkit, tuning
 from mixq_compile.kernels.tl.speed_table import shipped
 from mixq_compile.ops.providers import KernelQuery, load_providers, providers_of
 
 GPU = torch.device("cuda", 0)
-LINEAR = KernelQuery("mixed_linear", GPU, torch.bfloat16, 8, 4096, 11008)
+LINEAR = KernelQuery("mixed_linear", GPU, torch.bfloat16, INT8, INT8, 4096, 11008)
 
 
 @pytest.fixture
@@ -73,7 +74,9 @@ def test_speedup_is_the_measured_one_and_between_them():
 
 @pytest.mark.usefixtures("h200")
 def test_speedup_is_not_known_for_fp32_and_unknown_shapes():
-    assert measured.speedup(KernelQuery("mixed_linear", GPU, torch.float32, 8, 4096, 4096), 64) is None
+    assert (
+        measured.speedup(KernelQuery("mixed_linear", GPU, torch.float32, INT8, INT8, 4096, 4096), 64) is None
+    )
     assert measured.speedup(KernelQuery("mixed_linear", GPU, torch.bfloat16), 64) is None
 
 
@@ -83,7 +86,11 @@ def test_speedup_is_not_known_where_it_cannot_be_measured(monkeypatch):
     assert measured.speedup(LINEAR, 1024) is None
 
 
+def query_of(weight, in_features, out_features):
+    return KernelQuery("mixed_linear", GPU, torch.bfloat16, weight, INT8, in_features, out_features)
+
+
 def test_small_batches():
     assert measured.small_batch(LINEAR) == 16
-    assert measured.small_batch(KernelQuery("mixed_linear", GPU, torch.bfloat16, 8, 11008, 4096)) == 32
-    assert measured.small_batch(KernelQuery("mixed_linear", GPU, torch.bfloat16, 4, 4096, 11008)) == 64
+    assert measured.small_batch(query_of(INT8, 11008, 4096)) == 32
+    assert measured.small_batch(query_of(INT4, 4096, 11008)) == 64

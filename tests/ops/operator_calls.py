@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import declarations
 from mixq_compile.ops.activated_linear import activated_linear
 from mixq_compile.ops.linear import linear
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.quantized_linear import quantized_linear
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import TensorFormat
+from mixq_compile.scheme import WeightRecipe
 
 OPERATORS: dict[str, Any] = {
     name: getattr(declarations, name)
@@ -93,7 +94,7 @@ def tensors(shape: Shape, seed: int = 0) -> Tensors:
     if x.numel():
         x.view(-1, shape.in_features)[0, list(shape.planted)] = 20.0
     weight = torch.randn(shape.out_features, shape.in_features, generator=generator).to(shape.dtype)
-    codes, scale = quantize_weight(weight, TensorFormat(shape.weight_bits, "channel"))
+    codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(shape.weight_bits)))
     state = OutlierState.create(shape.in_features, shape.capacity, 6.0, "cpu")
     state.preload(shape.columns)
     bias = torch.randn(shape.out_features, generator=generator).to(shape.dtype) if shape.bias else None

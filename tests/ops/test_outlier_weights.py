@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import refresh_outlier_weights
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import dequantize_weight, quantize_weight
-from mixq_compile.scheme import TensorFormat
+from mixq_compile.scheme import WeightRecipe
 
 CAPACITY = 80
 IN_FEATURES = 100
@@ -20,7 +21,7 @@ class Cache:
     def __init__(self, original: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.weight = torch.randn(12, IN_FEATURES, generator=generator).to(dtype)
-        self.codes, self.scale = quantize_weight(self.weight, TensorFormat(8, "channel"))
+        self.codes, self.scale = quantize_weight(self.weight, WeightRecipe(TensorFormat(8)))
         self.original = self.weight if original else self.weight.new_empty(0)
         self.cached = torch.full((CAPACITY,), -1, dtype=torch.int32)
         self.columns = torch.zeros(12, CAPACITY, dtype=dtype)

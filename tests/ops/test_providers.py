@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mixq_compile.errors import KernelError, OptionError
+from mixq_compile.formats import INT8
 from mixq_compile.ops import providers
 from mixq_compile.ops.providers import KernelQuery, Provider
 
@@ -87,7 +88,7 @@ def test_the_slow_reference_is_announced_once_for_each_operator_and_device(
     with caplog.at_level(logging.WARNING):
         for in_features in (64, 128, 256):
             providers.choose(
-                KernelQuery("dequantize", torch.device("cpu"), torch.float32, 8, in_features, 64)
+                KernelQuery("dequantize", torch.device("cpu"), torch.float32, INT8, INT8, in_features, 64)
             )
     assert [record.message for record in caplog.records] == [
         "mixq::dequantize on cpu runs the slow reference (fast: needs a GPU)"

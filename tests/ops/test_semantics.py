@@ -10,11 +10,12 @@ import torch
 from simulation import SimulatedState
 from torch import Tensor
 
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import declarations as ops
 from mixq_compile.ops import linear
 from mixq_compile.ops.outlier_state import OVERFLOW, OutlierState
 from mixq_compile.ops.weight_codes import dequantize_weight, quantize_weight
-from mixq_compile.scheme import TensorFormat
+from mixq_compile.scheme import WeightRecipe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POLICIES = ("exact", "lazy", "frozen", "static", "per_call")
@@ -89,7 +90,7 @@ def test_linear_equals_the_simulation(
     x = planted(rows, in_features, sizes)[: int(np.prod(leading))].reshape(*leading, in_features).to(dtype)
     weight = planted(out_features, in_features, {}, seed=1).to(dtype)
     bias = torch.linspace(-3, 3, out_features).to(dtype)
-    codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
+    codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(bits)))
     state = OutlierState.create(in_features, capacity, THRESHOLD, "cpu")
     cached, cache = (
         torch.full((capacity,), -1, dtype=torch.int32),
@@ -110,7 +111,7 @@ def test_linear_equals_the_simulation(
 def test_error_is_within_half_a_step_of_every_factor() -> None:
     x = planted(9, 128, {5: 30.0, 77: -12.0})
     weight = planted(40, 128, {}, seed=1)
-    codes, scale = quantize_weight(weight, TensorFormat(8, "channel"))
+    codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(8)))
     state = OutlierState.create(128, 16, THRESHOLD, "cpu")
     quantized, row_scale, outliers, count = ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "ref")
     cached, cache = [torch.full((16,), -1, dtype=torch.int32)], [torch.zeros(40, 16)]
@@ -215,7 +216,7 @@ def test_per_call_remembers_nothing_and_takes_elements_at_the_threshold() -> Non
 def test_not_finite_rows_give_nan_teach_nothing_and_disturb_no_other_row() -> None:
     x = planted(5, 32, {})
     weight = planted(24, 32, {}, seed=1)
-    codes, scale = quantize_weight(weight, TensorFormat(8, "channel"))
+    codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(8)))
 
     def run(inputs: Tensor) -> tuple[Tensor, OutlierState]:
         state = OutlierState.create(32, 16, THRESHOLD, "cpu")
@@ -333,7 +334,7 @@ def test_small_calls_take_the_weight_only_path_and_learn_nothing(known: list[int
     before = [buffer.clone() for buffer in state.buffers()]
     x = planted(4, 32, {7: 50.0})
     weight = planted(24, 32, {}, seed=1)
-    codes, scale = quantize_weight(weight, TensorFormat(8, "channel"))
+    codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(8)))
     cached, cache = torch.full((16,), -1, dtype=torch.int32), torch.zeros(24, 16)
     quantized = ops.quantize_online(x, *state.buffers(), 8, "exact", 4, "ref")
     ops.refresh_outlier_weights(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ops.weight_codes import (
     aligned_empty,
     dequantize_weight,
@@ -17,11 +18,11 @@ from mixq_compile.ops.weight_codes import (
     unpack_int4,
     weight_bits,
 )
-from mixq_compile.scheme import TensorFormat
+from mixq_compile.scheme import WeightRecipe
 
-EIGHT = TensorFormat(8, "channel")
-FOUR = TensorFormat(4, "channel")
-CLIPPED = TensorFormat(4, "channel", solver="clip")
+EIGHT = WeightRecipe(TensorFormat(8))
+FOUR = WeightRecipe(TensorFormat(4))
+CLIPPED = WeightRecipe(TensorFormat(4), "clip")
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 40))
 
@@ -51,19 +52,21 @@ def test_the_even_column_is_the_low_nibble_and_an_odd_end_is_zero() -> None:
     shape=shapes,
     seed=st.integers(0, 10**6),
     exponent=st.integers(-30, 30),
-    fmt=st.sampled_from([EIGHT, FOUR]),
+    recipe=st.sampled_from([EIGHT, FOUR]),
 )
 def test_absmax_codes_are_within_half_a_step(
-    shape: tuple[int, int], seed: int, exponent: int, fmt: TensorFormat
+    shape: tuple[int, int], seed: int, exponent: int, recipe: WeightRecipe
 ) -> None:
     weight = numbers(seed, *shape) * 2.0**exponent
-    codes, scale = quantize_weight(weight, fmt)
+    codes, scale = quantize_weight(weight, recipe)
     unpacked = integer_codes(codes, shape[1])
-    assert int(unpacked.abs().max()) <= fmt.largest_code
+    assert int(unpacked.abs().max()) <= recipe.format.largest_code
     assert scale.dtype == torch.float32
     error = (dequantize_weight(codes, scale, shape[1]) - weight).abs()
     assert bool((error <= scale[:, None] * 0.5 * (1 + 1e-5)).all())
-    torch.testing.assert_close(scale * fmt.largest_code, weight.abs().amax(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        scale * recipe.format.largest_code, weight.abs().amax(dim=1), rtol=1e-6, atol=0
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -71,8 +74,8 @@ def test_absmax_codes_are_within_half_a_step(
 def test_the_clip_search_is_never_worse_than_no_clipping(shape: tuple[int, int], seed: int) -> None:
     weight = numbers(seed, *shape) ** 3
 
-    def errors(fmt: TensorFormat) -> Tensor:
-        codes, scale = quantize_weight(weight, fmt)
+    def errors(recipe: WeightRecipe) -> Tensor:
+        codes, scale = quantize_weight(weight, recipe)
         return (dequantize_weight(codes, scale, shape[1]) - weight).square().sum(dim=1)
 
     assert bool((errors(CLIPPED) <= errors(FOUR) * (1 + 1e-5) + 1e-12).all())
@@ -82,18 +85,18 @@ def test_the_clip_search_gains_on_a_weight_with_one_large_element() -> None:
     weight = numbers(0, 8, 256)
     weight[:, 0] = 6.0
 
-    def error(fmt: TensorFormat) -> float:
-        codes, scale = quantize_weight(weight, fmt)
+    def error(recipe: WeightRecipe) -> float:
+        codes, scale = quantize_weight(weight, recipe)
         return float((dequantize_weight(codes, scale, 256) - weight).square().mean())
 
     assert error(CLIPPED) < 0.8 * error(FOUR)
 
 
-@pytest.mark.parametrize("fmt", [EIGHT, FOUR, CLIPPED], ids=["8", "4", "4 clipped"])
-def test_a_zero_row_has_zero_codes_and_a_finite_scale(fmt: TensorFormat) -> None:
+@pytest.mark.parametrize("recipe", [EIGHT, FOUR, CLIPPED], ids=["8", "4", "4 clipped"])
+def test_a_zero_row_has_zero_codes_and_a_finite_scale(recipe: WeightRecipe) -> None:
     weight = numbers(0, 3, 20)
     weight[1] = 0.0
-    codes, scale = quantize_weight(weight, fmt)
+    codes, scale = quantize_weight(weight, recipe)
     assert not integer_codes(codes, 20)[1].any()
     assert bool((scale > 0).all())
     assert scale.isfinite().all()
@@ -117,13 +120,13 @@ def test_a_transposed_weight_and_one_that_requires_grad_are_quantized() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 100])
-@pytest.mark.parametrize("fmt", [EIGHT, FOUR], ids=["8", "4"])
-def test_rows_begin_at_multiples_of_16_bytes(fmt: TensorFormat, columns: int) -> None:
-    codes, _ = quantize_weight(numbers(0, 3, columns), fmt)
+@pytest.mark.parametrize("recipe", [EIGHT, FOUR], ids=["8", "4"])
+def test_rows_begin_at_multiples_of_16_bytes(recipe: WeightRecipe, columns: int) -> None:
+    codes, _ = quantize_weight(numbers(0, 3, columns), recipe)
     assert codes.stride(1) == 1
     assert codes.stride(0) % 16 == 0
     assert codes.data_ptr() % 16 == 0
-    assert weight_bits(codes) == fmt.bits
+    assert weight_bits(codes) == recipe.format.bits
 
 
 def test_aligned_memory_keeps_leading_dimensions() -> None:

@@ -13,6 +13,7 @@ from rewriting import CHOSEN, FUSED, call, decisions, mixq_calls, nodes_of, reas
 from torch import Tensor, nn
 
 import mixq_compile as mixq
+from mixq_compile.formats import INT8
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
@@ -387,7 +388,9 @@ def test_automatic_merging_asks_the_provider(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_on_nvidia_gpus_one_product_is_taken() -> None:
     providers.load_providers()
-    query = providers.KernelQuery("mixed_linear", torch.device("cuda"), torch.bfloat16, 8, 4096, 12288)
+    query = providers.KernelQuery(
+        "mixed_linear", torch.device("cuda"), torch.bfloat16, INT8, INT8, 4096, 12288
+    )
     for operator in ("mixed_linear", "weight_only_linear"):
         entry = providers.named(operator, "tl")
         assert entry.merges is not None

@@ -83,7 +83,7 @@ def test_the_provider_is_told_device_dtype_and_bits(fast: dict[str, Provider]) -
     graph = captured(Attention(), "dynamo")
     run(graph, FUSED.replace("force=true", "force=true default=w4a8o16") + ",select-kernels")
     final = asked[-1]
-    assert (final.op, final.device, final.dtype, final.weight_bits) == (
+    assert (final.op, final.device, final.dtype, final.weight.bits) == (
         "mixed_linear", torch.device("cpu"), torch.float32, 4,
     )  # fmt: skip
 

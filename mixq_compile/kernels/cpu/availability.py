@@ -10,7 +10,7 @@ import torch
 from mixq_compile.errors import KernelError
 from mixq_compile.kernels.cpu.build import library
 from mixq_compile.kernels.cpu.interface import CPU, LinearArguments, WeightCodes, type_number
-from mixq_compile.ops.providers import KernelQuery
+from mixq_compile.ops.providers import KernelQuery, refused_format
 
 PRIORITY = 10
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,4 +51,4 @@ def supports(query: KernelQuery) -> bool | str:
         return f"it runs on the CPU, not on {query.device.type}"
     if query.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {query.dtype}"
-    return reason_unavailable() or True
+    return refused_format(query) or reason_unavailable() or True

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixq_compile.formats import TensorFormat
 from mixq_compile.kernels.cpu.interface import CPU
 from mixq_compile.ops.composition import compose, weight_only
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.providers import KernelQuery
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, TensorFormat
+from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, WeightRecipe
 
 LARGEST_ROWS = 8192
 LARGEST_WEIGHT = 1 << 24
@@ -51,7 +52,7 @@ def _random(rows: int, columns: int) -> Tensor:
 def _mixed_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, features: int) -> float:
     x = _random(rows, in_features).clamp_(-4, 4).to(dtype)
     weight = _random(features, in_features).to(dtype)
-    codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
+    codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(bits)))
     capacity = OutlierPolicy().capacity_for(in_features)
     state = OutlierState.create(in_features, capacity, DEFAULT_THRESHOLD, CPU)
     state.preload(range(min(capacity, in_features) // 2))
@@ -76,7 +77,7 @@ def _given(x: Tensor, codes: Tensor, scale: Tensor) -> dict[str, Any]:
 def _weight_only_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, features: int) -> float:
     x = _random(rows, in_features).to(dtype)
     weight = _random(features, in_features).to(dtype)
-    codes, scale = quantize_weight(weight, TensorFormat(bits, "channel"))
+    codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(bits)))
     return _ratio_of_times(
         lambda: torch.nn.functional.linear(x, weight),
         lambda: weight_only(_given(x, codes, scale)),
@@ -90,7 +91,7 @@ def _ratio(
         return None
     rows, features = _measured_shape(m, query.in_features, query.out_features)
     with torch.no_grad():
-        return measure(query.dtype, query.weight_bits, rows, query.in_features, features)
+        return measure(query.dtype, query.weight.bits, rows, query.in_features, features)
 
 
 def mixed_speedup(query: KernelQuery, m: int) -> float | None:

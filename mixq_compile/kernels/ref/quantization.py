@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW, TEACHING_LIMIT
-from mixq_compile.ops.providers import KernelQuery, provider
+from mixq_compile.ops.providers import KernelQuery, provider, refused_format
 from mixq_compile.ops.state_access import STATES, State
 from mixq_compile.ops.weight_codes import EPSILON, aligned_empty
 
@@ -19,8 +19,8 @@ PRIORITY = 0
 
 
 def supports(query: KernelQuery) -> bool | str:
-    """The reference supports every call."""
-    return True
+    """The reference supports every call in the formats of the operators."""
+    return refused_format(query) or True
 
 
 def _finite_rows(values: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ LARGEST_ROWS = 8192
 
 def small_batch(query: KernelQuery) -> int:
     """The largest M that the weight-only kernels serve better."""
-    if query.weight_bits == 4:
+    if query.weight.bits == 4:
         return FOUR_BIT_SMALL_BATCH
     features = query.out_features
     fitting = (rows for most, rows in SMALL_BATCHES_OF_NARROW if features is not None and features <= most)
@@ -50,7 +50,7 @@ def speedup(query: KernelQuery, rows: int) -> float | None:
     if query.in_features is None or query.out_features is None or query.dtype == torch.float32:
         return None
     name = device_name(query.device)
-    shape = (query.weight_bits, query.out_features, query.in_features)
+    shape = (query.weight.bits, query.out_features, query.in_features)
     own = tuned(name)
     table = shipped(name)
     if table is not None:

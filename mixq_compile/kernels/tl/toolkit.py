@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.errors import KernelError
-from mixq_compile.ops.providers import KernelQuery
+from mixq_compile.ops.providers import KernelQuery, refused_format
 
 __all__ = [
     "PRIORITY", "TRITON_PROBLEM", "await_previous_launch", "capability", "ceil_div", "interpreting",
@@ -75,6 +75,8 @@ def supports(query: KernelQuery) -> bool | str:
         return "the Triton kernels are written for NVIDIA GPUs, and this PyTorch is built for AMD's"
     if query.dtype not in DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {query.dtype}"
+    if (refused := refused_format(query)) is not None:
+        return refused
     found = capability(query.device)
     if found < OLDEST_CAPABILITY:
         return f"needs an NVIDIA GPU of compute capability 8.0 or newer; this one has {found[0]}.{found[1]}"

@@ -13,7 +13,7 @@ from mixq_compile.ops.composition import compose
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.providers import KernelQuery, linear_query, small_batch_limit
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, TensorFormat
+from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, WeightRecipe
 
 REPLAYS = 15
 WARM_UP = 3
@@ -66,7 +66,7 @@ def measure(query: KernelQuery, rows: int) -> float:
     with torch.no_grad(), torch.cuda.device(device):
         x = torch.randn(rows, columns, dtype=torch.float32, device=device).clamp_(-4, 4).to(query.dtype)
         weight = torch.randn(features, columns, device=device, dtype=query.dtype)
-        codes, scale = quantize_weight(weight, TensorFormat(query.weight_bits, "channel"))
+        codes, scale = quantize_weight(weight, WeightRecipe(query.weight))
         capacity = OutlierPolicy().capacity_for(columns)
         state = OutlierState.create(columns, capacity, DEFAULT_THRESHOLD, device)
         state.preload(range(min(capacity, columns) // 2))
@@ -81,7 +81,7 @@ def measure(query: KernelQuery, rows: int) -> float:
             "original": weight,
             "bits": 8,
             "miss": "exact",
-            "small_m": small_batch_limit(linear_query(x, features, columns, query.weight_bits), KERNEL),
+            "small_m": small_batch_limit(linear_query(x, features, columns, query.weight), KERNEL),
             "kernel": KERNEL,
         }
         return _ratio_of_times(
@@ -94,5 +94,5 @@ def measure(query: KernelQuery, rows: int) -> float:
 def measure_into(table: SpeedTable, query: KernelQuery, rows: int) -> float:
     """Measures one point and adds it to a table."""
     speedup = measure(query, rows)
-    table.add((query.weight_bits, query.out_features or 0, query.in_features or 0), rows, speedup)
+    table.add((query.weight.bits, query.out_features or 0, query.in_features or 0), rows, speedup)
     return speedup
