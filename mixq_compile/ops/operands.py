@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,24 @@ def set_operands(node: Node, **changed: Any) -> None:
     Raises OptionError, which lists the operands, for an unknown name.
     """
     node.args, node.kwargs = signature_of(node.target).arrange({**given_operands(node), **changed})
+
+
+def operands_for(target: Any, node: Node) -> dict[str, Any]:
+    """What a call gives that another operator takes too, under the same names: for one in its place."""
+    return signature_of(target).select(given_operands(node))
+
+
+def operands_without_place(target: Any, node: Node, replaced: Collection[str] = ()) -> tuple[str, ...]:
+    """Operands that matter to a call and that another operator does not take: it cannot stand in its place.
+
+    `replaced` are those that the other has no need of. What has its default does not matter.
+    """
+    signature, names = signature_of(node.target), {*signature_of(target).names, *replaced}
+    return tuple(
+        name
+        for name, value in given_operands(node).items()
+        if name not in names and not (name in signature.defaults and value is signature.defaults[name])
+    )
 
 
 def listed_operands(node: Node) -> dict[str, list[Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from mixq_compile.ir.effects import writer_between
+from mixq_compile.ops.operands import operands_without_place
 
 MOST_NAMES = 4
 """How many nodes a reason names; the details name all."""
@@ -42,6 +43,12 @@ def other_readers(what: str, nodes: Iterable[Node], expected: Collection[Node]) 
     """The obstacle that something beside `expected` reads one of the nodes; None where nothing does."""
     others = [reader for node in nodes for reader in node.users if reader not in expected]
     return Obstacle.of(f"something else reads {what}", others) if others else None
+
+
+def no_place_for_operands(target: Any, node: Node, replaced: Collection[str] = ()) -> Obstacle | None:
+    """The obstacle that another operator in a call's place would lose an operand; None where none is lost."""
+    lost = operands_without_place(target, node, replaced)
+    return Obstacle(f"{target} has no place for its {', '.join(lost)}") if lost else None
 
 
 def written_between(value: Node, first: Node, last: Node, which: str) -> Obstacle | None:

@@ -17,14 +17,15 @@ from mixq_compile.ir.activation_functions import ACTIVATIONS, activation_functio
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ops.operands import operand, operands, result, set_operands
+from mixq_compile.ops.operands import operand, operands_for, result, set_operands
 from mixq_compile.passes._kernel_queries import why_only_reference
-from mixq_compile.passes._obstacles import Obstacle, other_readers
+from mixq_compile.passes._obstacles import Obstacle, no_place_for_operands, other_readers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
 QUANTIZING = ("gelu", "relu")
 """Functions that `quantized_linear` has."""
+ACTIVATED, QUANTIZED = mixq.activated_linear.default, mixq.quantized_linear.default
 QUANTIZES = (mixq.quantize_online.default, mixq.quantize.default)
 
 
@@ -56,7 +57,9 @@ class FuseActivation(Pass):
                 what = f"{activation} and the next quantization go into the linear"
                 yield Decision.applied(node, what, fqn=fqn)
                 _fuse_with_quantization(graph, node, linear, quantized, activation)
-            elif why_only_reference(graph, linear, mixq.activated_linear.default) is None:
+            elif (lost := no_place_for_operands(ACTIVATED, linear)) is not None:
+                yield Decision.skipped(node, lost.reason, fqn=fqn, details=lost.details)
+            elif why_only_reference(graph, linear, ACTIVATED) is None:
                 what = f"{activation} goes into the linear; the quantization stays: {obstacle.reason}"
                 yield Decision.applied(node, what, fqn=fqn, details=obstacle.details)
                 _fuse_alone(graph, node, linear, activation)
@@ -72,21 +75,23 @@ def _why_not_quantized(
     linears = [user for user in readers if user.target is mixq.mixed_linear.default]
     following = {user for user in linears if operand(user, "x") is node}
     obstacle = other_readers("its result", [node], {quantized, *following})
+    obstacle = obstacle or no_place_for_operands(QUANTIZED, linear, {"x", "small_m"})
+    obstacle = obstacle or no_place_for_operands(QUANTIZED, quantized, {"x", "small_m"})
     if obstacle is not None:
         return obstacle
     if any(operand(user, "small_m") for user in (linear, quantized, *readers)):
         return Obstacle("calls with few rows need the value itself")
     learns = quantized.target is mixq.quantize_online.default
-    reason = why_only_reference(graph, linear, mixq.quantized_linear.default)
+    reason = why_only_reference(graph, linear, QUANTIZED)
     if reason is not None or activation not in QUANTIZING or not learns:
         return Obstacle(f"no kernel does both on {graph.value(operand(linear, 'outliers')).device.type}")
     return None
 
 
 def _fuse_alone(graph: CapturedGraph, node: Node, linear: Node, activation: str) -> None:
-    taken = {**operands(linear), "function": activation, "gated": False}
+    taken = {**operands_for(ACTIVATED, linear), "function": activation, "gated": False}
     with graph.graph.inserting_before(linear):
-        fused = graph.call(mixq.activated_linear.default, taken, like=linear)
+        fused = graph.call(ACTIVATED, taken, like=linear)
     graph.replace(node, fused)
     graph.graph.erase_node(linear)
 
@@ -94,14 +99,13 @@ def _fuse_alone(graph: CapturedGraph, node: Node, linear: Node, activation: str)
 def _fuse_with_quantization(
     graph: CapturedGraph, node: Node, linear: Node, quantized: Node, activation: str
 ) -> None:
-    taken = {**operands(linear), "activation": activation}
-    for dropped in ("x", "small_m", "kernel"):
-        del taken[dropped]
-    following = operands(quantized)
-    for dropped in ("x", "small_m"):
-        del following[dropped]
+    taken = {
+        **operands_for(QUANTIZED, linear),
+        **operands_for(QUANTIZED, quantized),
+        "activation": activation,
+    }
     with graph.graph.inserting_before(quantized):
-        fused = graph.call(mixq.quantized_linear.default, {**taken, **following}, like=linear)
+        fused = graph.call(QUANTIZED, taken, like=linear)
     quantized.replace_all_uses_with(fused)
     graph.graph.erase_node(quantized)
     outliers = result(fused, "outliers")

@@ -11,12 +11,13 @@ from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ops.operands import operand, operands, producer
+from mixq_compile.ops.operands import operand, operands_for, producer
 from mixq_compile.ops.traits import traits_of
-from mixq_compile.passes._obstacles import Obstacle, other_readers
+from mixq_compile.passes._obstacles import Obstacle, no_place_for_operands, other_readers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 mixq = torch.ops.mixq
+FUSED = mixq.mixed_linear.default
 PRODUCTS = ("accumulator", "outlier_product")
 """What dequantize takes of the product, and the product returns."""
 
@@ -41,7 +42,7 @@ class FuseEpilogue(Pass):
             halves = [operand(node, name) for name in PRODUCTS]
             product = producer(halves[0])
             with graph.graph.inserting_before(node):
-                fused = graph.call(mixq.mixed_linear.default, found, like=node)
+                fused = graph.call(FUSED, found, like=node)
             graph.replace(node, fused)
             for dead in (*halves, product):
                 graph.graph.erase_node(dead)
@@ -49,18 +50,20 @@ class FuseEpilogue(Pass):
 
 def _operands_of_both(node: Node) -> dict[str, object] | Obstacle:
     """The operands of the `mixed_linear` that a dequantize ends, or why it ends none."""
-    epilogue = operands(node)
-    halves = [epilogue.pop(name) for name in PRODUCTS]
+    halves = [operand(node, name) for name in PRODUCTS]
     product = producer(halves[0])
     if product is None or product.target is not mixq.mixed_gemm.default:
         return Obstacle("what it reads is no result of mixed_gemm")
     if producer(halves[1]) is not product:
         return Obstacle.of("its operands are results of two products", [product, halves[1]])
     obstacle = other_readers("the product", [product, *halves], {*halves, node})
+    obstacle = obstacle or no_place_for_operands(FUSED, product)
+    obstacle = obstacle or no_place_for_operands(FUSED, node, PRODUCTS)
     if obstacle is not None:
         return obstacle
     quantized = producer(operand(product, "codes"))
     traits = traits_of(quantized.target) if quantized is not None else None
     if quantized is None or traits is None or traits.quantizes is None:
         return Obstacle("its codes are no result of a quantization, whose switch point it must have")
-    return {**operands(product), **epilogue, "small_m": operand(quantized, "small_m")}
+    taken = {**operands_for(FUSED, product), **operands_for(FUSED, node)}
+    return {**taken, "small_m": operand(quantized, "small_m")}

@@ -15,12 +15,13 @@ from mixq_compile.ir.activation_functions import ACTIVATIONS, activation_functio
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ops.operands import operands, producer
+from mixq_compile.ops.operands import operands, operands_for, producer
 from mixq_compile.passes._kernel_queries import why_only_reference
-from mixq_compile.passes._obstacles import Obstacle, other_readers
+from mixq_compile.passes._obstacles import Obstacle, no_place_for_operands, other_readers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
+ACTIVATED = mixq.activated_linear.default
 
 MULTIPLY = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
 CHUNK = (torch.chunk, "chunk", aten.chunk.default)
@@ -75,14 +76,15 @@ class FuseGate(Pass):
     def _why_not(self, graph: CapturedGraph, gate: Gate) -> Obstacle | None:
         if self.when == "never":
             return Obstacle("turned off")
-        obstacle = other_readers("the product", [gate.product], {*gate.halves, *gate.chunks})
+        obstacle = no_place_for_operands(ACTIVATED, gate.product)
+        obstacle = obstacle or other_readers("the product", [gate.product], {*gate.halves, *gate.chunks})
         if obstacle is not None:
             return obstacle
         within = {gate.activated, gate.multiplied}
         obstacle = other_readers("the gates or the values", [*gate.halves, gate.activated], within)
         if obstacle is not None or self.when == "always":
             return obstacle
-        reason = why_only_reference(graph, gate.product, mixq.activated_linear.default)
+        reason = why_only_reference(graph, gate.product, ACTIVATED)
         return Obstacle(reason) if reason is not None else None
 
 
@@ -134,9 +136,9 @@ def _product(graph: CapturedGraph, node: Any) -> Tensor | None:
 
 
 def _fuse(graph: CapturedGraph, gate: Gate) -> None:
-    taken = {**operands(gate.product), "function": gate.function, "gated": True}
+    taken = {**operands_for(ACTIVATED, gate.product), "function": gate.function, "gated": True}
     with graph.graph.inserting_before(gate.product):
-        fused = graph.call(mixq.activated_linear.default, taken, like=gate.product)
+        fused = graph.call(ACTIVATED, taken, like=gate.product)
     graph.replace(gate.multiplied, fused)
     graph.graph.erase_node(gate.activated)
     for node in (*gate.halves, *gate.chunks, gate.product):

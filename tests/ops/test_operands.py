@@ -16,6 +16,8 @@ from mixq_compile.ops.operands import (
     listed_operands,
     operand,
     operands,
+    operands_for,
+    operands_without_place,
     producer,
     result,
     result_place,
@@ -206,3 +208,23 @@ def test_a_captured_call_gives_what_the_code_wrote_in_order_or_by_name() -> None
         assert captured_argument(node, 1, "mat1").name == "x"
         assert captured_argument(node, 2, "mat2").name == "w"
     assert captured_argument(call(torch.addmm, "b", "x", "w"), 3, "beta", 1) == 1
+
+
+class TestInPlaceOfAnother:
+    """A fused operator takes the operands of those that it replaces, and loses none unseen."""
+
+    def test_what_both_have_is_carried_over(self) -> None:
+        node = call(mixq.weight_only_linear.default, "x", "codes", "scale", "b", "auto")
+        assert names(operands_for(aten.linear.default, node)) == {"bias": "b"}
+
+    def test_what_the_other_lacks_is_named(self) -> None:
+        node = call(mixq.weight_only_linear.default, "x", "codes", "scale", "b", "auto")
+        assert operands_without_place(mixq.mixed_linear.default, node) == ()
+        lost = ("x", "weight_codes", "weight_scale", "kernel")
+        assert operands_without_place(aten.linear.default, node) == lost
+        assert operands_without_place(aten.linear.default, node, {"x", "kernel"}) == lost[1:3]
+
+    def test_a_default_does_not_matter_however_it_is_given(self) -> None:
+        for given, lost in (({}, ()), ({"beta": 1}, ()), ({"beta": 2}, ("beta",))):
+            node = call(aten.addmm.default, "b", "x", "w", **given)
+            assert operands_without_place(aten.linear.default, node, {"self", "mat1", "mat2"}) == lost

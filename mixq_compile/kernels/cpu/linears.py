@@ -23,6 +23,7 @@ from mixq_compile.kernels.cpu.interface import (
 from mixq_compile.kernels.cpu.measured import mixed_speedup, weight_only_speedup
 from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.small_batch import is_small_batch
 
 STREAMED_ROWS = 48
 """Up to so many rows a weight-only product reads the codes directly; beyond, it expands the weight."""
@@ -114,7 +115,7 @@ def mixed_linear(
     small_m: int,
 ) -> Tensor:
     """The whole product in one kernel: neither integer sums nor outlier products go through memory."""
-    if small_m and codes.numel() <= small_m * codes.shape[-1]:
+    if is_small_batch(codes, small_m):
         return weight_only_linear(x, weight_codes, weight_scale, bias)  # type: ignore[no-any-return]
     operands = LinearOperands(codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias)
     return operands.multiply(torch.empty((*x.shape[:-1], weight_codes.shape[0]), dtype=x.dtype, device=CPU))

@@ -11,6 +11,7 @@ from mixq_compile.kernels.cpu.availability import PRIORITY, supports
 from mixq_compile.kernels.cpu.build import library
 from mixq_compile.kernels.cpu.interface import RefreshArguments, WeightCodes, row_matrix, type_number
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.small_batch import is_small_batch
 
 
 @provider("refresh_outlier_weights", name="cpu", priority=PRIORITY, supports=supports)
@@ -27,7 +28,7 @@ def refresh_outlier_weights(
 ) -> None:
     """Fetches the columns that each linear's cache does not hold yet; only looks where there are none."""
     in_features = codes.shape[-1]
-    if codes.numel() <= small_m * in_features:
+    if is_small_batch(codes, small_m) or not codes.numel():
         return
     for cached, cache, packed, scale, source in zip(
         cached_index, outlier_weight, weight_codes, weight_scale, original, strict=True

@@ -13,6 +13,7 @@ from mixq_compile.kernels.cpu.interface import CPU, QuantizeArguments, pointer, 
 from mixq_compile.kernels.ref.quantization import learn, teaching
 from mixq_compile.ops.outlier_state import FROZEN
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.small_batch import is_small_batch
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT
 
@@ -89,7 +90,7 @@ def quantize_online(
     shared = (index, column_slot, column_max, counters, effective_threshold)
     state = STATES.current(shared)
     call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, state[0], state[1], bits)
-    if matrix.shape[0] <= small_m or not matrix.numel():
+    if is_small_batch(matrix, small_m) or not matrix.numel():
         call.run(matrix, None)
         return *call.results(), call.used
     if miss == "per_call" and not int(counters[FROZEN]):

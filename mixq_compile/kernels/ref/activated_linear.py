@@ -10,6 +10,7 @@ from torch import Tensor
 from mixq_compile.kernels.ref.linears import dequantize, mixed_gemm, weight_only_linear
 from mixq_compile.kernels.ref.quantization import PRIORITY, supports
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.small_batch import is_small_batch
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -42,7 +43,7 @@ def activated_linear(
     gated: bool,
     small_m: int,
 ) -> Tensor:
-    if small_m and codes.numel() <= small_m * codes.shape[-1]:
+    if is_small_batch(codes, small_m):
         product = weight_only_linear(x, weight_codes, weight_scale, bias).float()
     else:
         accumulator, outlier_product = mixed_gemm(codes, outliers, count, weight_codes, outlier_weight)

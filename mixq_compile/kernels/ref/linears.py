@@ -8,6 +8,7 @@ from torch import Tensor
 from mixq_compile.kernels.ref.quantization import PRIORITY, supports
 from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.small_batch import is_small_batch
 from mixq_compile.ops.weight_codes import dequantize_weight, integer_codes
 
 
@@ -52,7 +53,7 @@ def mixed_linear(
     bias: Tensor | None,
     small_m: int,
 ) -> Tensor:
-    if small_m and codes.numel() <= small_m * codes.shape[-1]:
+    if is_small_batch(codes, small_m):
         return weight_only_linear(x, weight_codes, weight_scale, bias)  # type: ignore[no-any-return]
     accumulator, product = mixed_gemm(codes, outliers, count, weight_codes, outlier_weight)
     return dequantize(x, accumulator, product, scale, weight_scale, bias)  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from torch import Tensor
 from mixq_compile.kernels.ref.quantization import PRIORITY, supports
 from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.small_batch import is_small_batch
 from mixq_compile.ops.weight_codes import dequantize_weight
 
 ZEROED_BLOCK = 64
@@ -28,7 +29,7 @@ def refresh_outlier_weights(
     small_m: int,
 ) -> None:
     in_features = codes.shape[-1]
-    if codes.numel() <= small_m * in_features:
+    if is_small_batch(codes, small_m) or not codes.numel():
         return
     used = int(count[COUNT])
     for cached, cache, packed, scale, source in zip(

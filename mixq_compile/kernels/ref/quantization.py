@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW, TEACHING_LIMIT
 from mixq_compile.ops.providers import KernelQuery, provider, refused_format
+from mixq_compile.ops.small_batch import is_small_batch
 from mixq_compile.ops.state_access import STATES, State
 from mixq_compile.ops.weight_codes import EPSILON, aligned_empty
 
@@ -186,7 +187,7 @@ def quantize_online(
     small_m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     matrix = x.reshape(_rows(x), x.shape[-1])
-    if matrix.shape[0] <= small_m or not matrix.numel():
+    if is_small_batch(matrix, small_m) or not matrix.numel():
         codes, scale = _codes_and_scale(matrix.float(), column_slot, bits)
         return *_shaped(x, codes, scale, _extract(matrix, index, 0)), torch.zeros_like(counters[:1])
     values = matrix.float()

@@ -37,6 +37,7 @@ from mixq_compile.kernels.tl.unpacking import eight_bit_codes
 from mixq_compile.kernels.tl.weight_only import weight_only_linear
 from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.small_batch import is_small_batch
 
 if TRITON_PROBLEM is None:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -243,7 +244,7 @@ def mixed_linear(
     small_m: int,
 ) -> Tensor:
     """The fastest variant that takes the call; at most `small_m` rows take the weight-only kernels."""
-    if codes.numel() <= small_m * codes.shape[-1]:
+    if is_small_batch(codes, small_m) or not codes.numel():
         return weight_only_linear(x, weight_codes, weight_scale, bias)
     code_rows = row_matrix(codes)
     (rows, columns), (features, slots) = code_rows.shape, outlier_weight.shape

@@ -18,6 +18,7 @@ from mixq_compile.kernels.tl.toolkit import (
 )
 from mixq_compile.ops.outlier_state import COUNT
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.small_batch import is_small_batch
 from mixq_compile.ops.weight_codes import weight_bits
 
 ZEROED_BLOCK = 64
@@ -95,7 +96,7 @@ def refresh_outlier_weights(
     small_m: int,
 ) -> None:
     """A program a slot and linear, which returns at once where the slot holds its column already."""
-    if codes.numel() <= small_m * codes.shape[-1] or not index.shape[0]:
+    if is_small_batch(codes, small_m) or not codes.numel() or not index.shape[0]:
         return
     pairs = list(zip(original, weight_codes, strict=True))
     held = [kept if kept.numel() else packed for kept, packed in pairs]

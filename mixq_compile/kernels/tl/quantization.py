@@ -39,6 +39,7 @@ from mixq_compile.kernels.tl.toolkit import (
 )
 from mixq_compile.ops.outlier_state import FLAG
 from mixq_compile.ops.providers import provider
+from mixq_compile.ops.small_batch import is_small_batch
 from mixq_compile.ops.weight_codes import aligned_empty
 
 ELEMENTS_PER_THREAD = 8
@@ -240,7 +241,7 @@ def quantize(
     """One launch; at most `small_m` rows are left unwritten, because the weight-only path reads x."""
     outputs = outputs_of(x, index.shape[0])
     matrix = row_matrix(x)
-    if matrix.shape[0] > small_m:
+    if matrix.shape[0] and not is_small_batch(matrix, small_m):
         rows = as_rows(outputs, matrix.shape[0])
         with on_device(x):
             _launch(FIXED, matrix, rows, index, column_slot, count, count, count, count, bits)
@@ -263,7 +264,7 @@ def quantize_online(
     outputs = outputs_of(x, index.shape[0])
     count_used = torch.empty_like(counters[:1])
     matrix = row_matrix(x)
-    if matrix.shape[0] <= small_m:
+    if not matrix.shape[0] or is_small_batch(matrix, small_m):
         return *outputs, count_used
     rows = as_rows(outputs, matrix.shape[0])
     state = (index, column_slot, counters, effective_threshold)
