@@ -1,6 +1,7 @@
 """What each guard of a call costs on the CPU: writes results/guard_costs_cpu.json.
 
-With and without a guard take turns in one process; medians of microseconds a call.
+With and without a guard take turns in one process; medians of microseconds a call. Calls vary by more than
+a guard takes, so that its own time, measured alone, stands beside them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 import mixq_compile as mixq
 from mixq_compile.benchmarking.environment import examine
 from mixq_compile.benchmarking.timing import measure_floor
-from mixq_compile.runtime import compiled_graph
+from mixq_compile.ops.state_access import STATES
+from mixq_compile.runtime import compiled_graph, weight_watch
 from mixq_compile.runtime.weight_watch import WeightWatch
 
 ROUNDS = 120
@@ -47,7 +49,7 @@ def replaced(owner: object, **values: object) -> Iterator[None]:
 
 def without_module_access() -> AbstractContextManager[None]:
     """Swapped modules that do not look for other threads' calls."""
-    return replaced(sys.modules["mixq_compile.ops.linear"], state_access=lambda device: NOTHING)
+    return replaced(sys.modules["mixq_compile.ops.linear"], state_access=lambda device, learns: NOTHING)
 
 
 def without_graph_access() -> AbstractContextManager[None]:
@@ -87,6 +89,18 @@ def compare(
     }
 
 
+def alone() -> dict[str, float]:
+    """Microseconds that entering and leaving a call takes, nothing being done in it."""
+
+    def enter(x: Tensor) -> Tensor:
+        with STATES:
+            return x
+
+    empty = torch.empty(0)
+    found = [_microseconds(enter, empty) - _microseconds(lambda x: x, empty) for _ in range(ROUNDS)]
+    return {"threads_us": statistics.median(found)}
+
+
 def main() -> None:
     """Measures, prints and writes."""
     warnings.simplefilter("ignore")
@@ -107,14 +121,22 @@ def main() -> None:
             with torch.no_grad():
                 _microseconds(call, x)
                 found = compare(call, x, without)
+            if guard == "content of weights":
+                found["share_of_time"] = max(watch.share for watch in weight_watch._WATCHES)
             rows.append({"rows": m, "k": k, "n": n, "route": route, "guard": guard, **found})
             print(
                 f"M={m} K={k} N={n} {route:7} {guard:20} with {found['with_us']:8.1f} µs, "
                 f"without {found['without_us']:8.1f}, difference {found['difference_us']:+.2f}"
             )
+    by_itself = alone()
+    print(
+        f"alone: {by_itself}; looking took {[r['share_of_time'] for r in rows if 'share_of_time' in r]} of the time"
+    )
     device = torch.device("cpu")
     environment = asdict(examine(device, measure_floor(device, 20)))
-    RESULTS.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"environment": environment, "alone": by_itself, "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

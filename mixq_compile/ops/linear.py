@@ -15,7 +15,7 @@ from mixq_compile.ops.composition import STATIC, multiplied, quantized, refreshe
 from mixq_compile.ops.declarations import LAYOUT, STATE, WEIGHT
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
-from mixq_compile.ops.state_access import STATES, state_access
+from mixq_compile.ops.state_access import LEARNING, STATES, state_access
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_of
 from mixq_compile.scheme import OutlierPolicy
@@ -95,8 +95,8 @@ def linear(
     if activation_bits == 16:
         return weight_only(given, run_kernel)  # type: ignore[no-any-return]
     slots = index.shape[0]
-    with state_access(x.device):
-        given["miss"] = parse_policy(policy)[0] if slots else STATIC
+    given["miss"] = miss = parse_policy(policy)[0] if slots else STATIC
+    with state_access(x.device, miss in LEARNING):
         given["small_m"] = small_batch_limit_of(x, weight_codes, column_slot.shape[0], batch_invariant)
         quantized(given, run_kernel)
         if slots:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -214,9 +214,20 @@ class StreamOrder:
         self._launching.release()
 
 
-def state_access(device: torch.device) -> AbstractContextManager[None]:
-    """The context of a call that reads outlier states on this device and may change them."""
-    return StreamOrder.of(device) if device.type == "cuda" else STATES
+LEARNING = ("exact", "lazy", "per_call")
+"""The miss policies whose calls change states at any time; a `frozen` model learns while it is warmed up."""
+_NOTHING = nullcontext()
+
+
+def state_access(device: torch.device, learns: bool) -> AbstractContextManager[None]:
+    """The context of a call that reads outlier states on this device and, if it learns, may change them.
+
+    On a GPU kernels read what they were given in the order of their stream: only calls that learn need an
+    order among several streams.
+    """
+    if device.type == "cuda":
+        return StreamOrder.of(device) if learns else _NOTHING
+    return STATES
 
 
 def exclusive_access(device: torch.device) -> AbstractContextManager[None]:

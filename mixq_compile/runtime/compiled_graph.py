@@ -18,7 +18,7 @@ from mixq_compile.errors import MixqError, ReleasedWeightError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.without_data import has_data
-from mixq_compile.ops.state_access import state_access
+from mixq_compile.ops.state_access import LEARNING, state_access
 from mixq_compile.runtime import torch_compat
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.weight_store import STORE, WeightCodes
@@ -145,21 +145,17 @@ class CompiledGraph:
 
 
 def _accesses(graph: CapturedGraph) -> list[AbstractContextManager[None]]:
-    """The contexts of a call: one for each device on which it reads codes, states and caches.
-
-    On a GPU kernels read what they were given in the order of their stream, and only calls that learn
-    need an order among several streams.
-    """
-    devices = set()
+    """The contexts of a call: one for each device on which it reads codes, states and caches."""
+    learns: dict[torch.device, bool] = {}
     for node in graph.graph.nodes:
         if getattr(node.target, "namespace", None) == "mixq":
             policy = Annotations(node).policy
-            learns = policy is not None and policy["miss"] in ("exact", "lazy", "per_call")
             for source in node.all_input_nodes:
                 tensor = graph.tensor(source)
-                if tensor is not None and (learns or tensor.device.type == "cpu"):
-                    devices.add(tensor.device)
-    return [state_access(device) for device in sorted(devices, key=str)]
+                if tensor is not None:
+                    learning = policy is not None and policy["miss"] in LEARNING
+                    learns[tensor.device] = learns.get(tensor.device, False) or learning
+    return [state_access(device, learns[device]) for device in sorted(learns, key=str)]
 
 
 @contextmanager

@@ -55,6 +55,11 @@ class WeightWatch:
         needed = len(self._blocks) * self._look_seconds / self._looks
         return max(len(self._blocks), math.ceil(needed / (SHARE * self._call_seconds / self._calls)))
 
+    @property
+    def share(self) -> float:
+        """The part of the graph's time that looking has taken."""
+        return self._look_seconds / self._call_seconds if self._calls else 0.0
+
     def watches(self, weights: Iterable[Tensor]) -> bool:
         """Whether one of these is among its weights."""
         wanted = {id(weight) for weight in weights}

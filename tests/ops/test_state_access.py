@@ -160,6 +160,8 @@ def test_a_forked_process_has_none_of_the_calls() -> None:
 
 
 def test_devices_have_the_access_that_they_need() -> None:
-    assert access_of(torch.device("cpu")) is state_access.STATES
-    assert access_of(torch.device("cuda", 0)) is access_of(torch.device("cuda", 0))
-    assert access_of(torch.device("cuda", 0)) is not access_of(torch.device("cuda", 1))
+    first, second = (torch.device("cuda", number) for number in range(2))
+    assert access_of(torch.device("cpu"), False) is state_access.STATES
+    assert access_of(first, True) is access_of(first, True)
+    assert access_of(first, True) is not access_of(second, True)
+    assert access_of(first, False) is not access_of(first, True), "streams of a static model run at once"
