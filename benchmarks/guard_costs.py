@@ -129,9 +129,8 @@ def main() -> None:
                 f"without {found['without_us']:8.1f}, difference {found['difference_us']:+.2f}"
             )
     by_itself = alone()
-    print(
-        f"alone: {by_itself}; looking took {[r['share_of_time'] for r in rows if 'share_of_time' in r]} of the time"
-    )
+    shares = [row["share_of_time"] for row in rows if "share_of_time" in row]
+    print(f"alone: {by_itself}; looking took {shares} of the time")
     device = torch.device("cpu")
     environment = asdict(examine(device, measure_floor(device, 20)))
     RESULTS.write_text(
