@@ -53,7 +53,7 @@ def empty_linear(entry: Mapping[str, Any]) -> MixqLinear:
     )
     module.calibrated = tuple((int(column), float(value)) for column, value in entry["calibrated"])
     if entry.get("original", False):
-        module.keep_original(torch.empty(module.out_features, module.in_features, dtype=dtype))
+        module.keep_original(torch.empty(module.out_features, module.in_features, dtype=dtype, device="cpu"))
     return module
 
 

@@ -229,7 +229,9 @@ class MixqLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         # Who asks for the variables looks at the module and saves nothing.
         if not keep_vars:
-            destination[prefix + TRIPWIRE] = torch.full((1,), torch.nan, device=self.weight_codes.device)
+            destination[prefix + TRIPWIRE] = torch.full(
+                (1,), torch.nan, dtype=torch.float32, device=self.weight_codes.device
+            )
 
     def _load_from_state_dict(
         self,

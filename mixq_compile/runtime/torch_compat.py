@@ -126,7 +126,7 @@ def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
 
 def storage_users(tensor: torch.Tensor) -> int:
     """How many tensors, arrays and handles share a tensor's memory, itself included."""
-    return _references(tensor) - _references(torch.empty(1)) + 1
+    return _references(tensor) - _references(torch.empty(1, dtype=torch.uint8, device="cpu")) + 1
 
 
 def _references(tensor: torch.Tensor) -> int:

@@ -53,7 +53,7 @@ def test_an_empty_quantized_linear(name: str) -> None:
 @pytest.mark.parametrize("name", DEFAULTS)
 @pytest.mark.parametrize("scheme", scheme_names())
 def test_the_codes_of_a_weight(name: str, scheme: str) -> None:
-    assert_unchanged(name, lambda: quantize_weight(LINEAR.weight, get_scheme(scheme).weight))
+    assert_unchanged(name, lambda: quantize_weight(LINEAR.weight, get_scheme(scheme).recipe))
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
