@@ -146,14 +146,15 @@ def refresh_outlier_weights(
     Does nothing where codes have at most `small_m` rows.
     """
     if weight_codes:
-        index, cached_index, outlier_weight = STATES.own_caches(index, cached_index, outlier_weight)
-        held = _rows_of_each(outlier_weight, weight_codes)
-        for each in _readers(cached_index, held, weight_codes, weight_scale, original):
-            operand_checks.REFRESH.check(codes, index, count, *each)
-        run(
-            "refresh_outlier_weights", kernel, outlier_weight[0], 8,
-            codes, index, count, cached_index, held, weight_codes, weight_scale, original, small_m,
-        )  # fmt: skip
+        with STATES.fetching:
+            index, cached_index, outlier_weight = STATES.own_caches(index, cached_index, outlier_weight)
+            held = _rows_of_each(outlier_weight, weight_codes)
+            for each in _readers(cached_index, held, weight_codes, weight_scale, original):
+                operand_checks.REFRESH.check(codes, index, count, *each)
+            run(
+                "refresh_outlier_weights", kernel, outlier_weight[0], 8,
+                codes, index, count, cached_index, held, weight_codes, weight_scale, original, small_m,
+            )  # fmt: skip
 
 
 def _rows_of_each(outlier_weight: Sequence[Tensor], weight_codes: Sequence[Tensor]) -> Sequence[Tensor]:

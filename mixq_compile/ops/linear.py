@@ -100,9 +100,10 @@ def linear(
         given["small_m"] = small_batch_limit_of(x, weight_codes, column_slot.shape[0], batch_invariant)
         quantized(given, run_kernel)
         if slots:
-            own = STATES.own_caches(index, [cached_index], [outlier_weight])
-            given["index"], (given["cached_index"],), (given["outlier_weight"],) = own
-            refreshed(given, run_kernel)
+            with STATES.fetching:
+                own = STATES.own_caches(index, [cached_index], [outlier_weight])
+                given["index"], (given["cached_index"],), (given["outlier_weight"],) = own
+                refreshed(given, run_kernel)
         return multiplied(given, run_kernel)  # type: ignore[no-any-return]
 
 

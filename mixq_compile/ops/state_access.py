@@ -58,6 +58,9 @@ class StateAccess:
     def _forget_calls(self) -> None:
         """Makes everything anew: a forked process has none of the threads that were under way."""
         self._lock = threading.Lock()
+        self.fetching = threading.Lock()
+        """Held while caches of outlier weights are brought up to date or copied: a copy of one that is half
+        written would name a column and hold another's weights."""
         self._quiet = threading.Condition(self._lock)
         self._active = 0
         self._pending: list[tuple[Change, State]] = []
@@ -87,7 +90,7 @@ class StateAccess:
                 pending, self._pending = self._pending, []
                 for change, state in pending:
                     change(*state)
-                self._quiet.notify_all()
+            self._quiet.notify_all()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -154,8 +157,8 @@ class StateAccess:
         return copies[place]
 
     def learn_later(self, state: State, change: Change) -> None:
-        """Changes a state for calls to come: now where no other call reads it, else as soon as that is so."""
-        if not self._change_in_place(state, change):
+        """Changes a state for calls to come, as soon as none is under way: this one still reads it, too."""
+        if self._call.depth or not self._change_in_place(state, change):
             self._postpone(state, change)
 
     def _change_in_place(self, state: State, change: Change) -> bool:

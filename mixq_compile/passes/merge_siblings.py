@@ -18,6 +18,7 @@ from mixq_compile.ir.shapes import hint_of
 from mixq_compile.ops import providers
 from mixq_compile.ops.joint_rows import join_rows, joinable, row_order
 from mixq_compile.ops.operands import listed_operands, operand, operands, set_operands
+from mixq_compile.ops.state_access import exclusive_access
 from mixq_compile.ops.traits import Traits, traits_of
 from mixq_compile.passes._kernel_queries import kernel_query
 from mixq_compile.passes._obstacles import Obstacle, written_between
@@ -286,10 +287,16 @@ def _merge(graph: CapturedGraph, family: Family) -> None:
         _merge_round(graph, products[0].node, [by_weight[weight] for weight in weights], dict(joint))
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """`join_rows`, which moves the parts: while no call of another thread reads them."""
+    with exclusive_access(parts[0].device):
+        return join_rows(parts)
+
+
 def _joint(graph: CapturedGraph, family: Family, name: str, order: list[int]) -> Node:
     tensors, nodes = family.tensors(graph, name), family.nodes(name)
     first = nodes[order[0]]
-    return graph.attach(f"{graph.parameter_name(first)}.joint", join_rows([tensors[at] for at in order]))
+    return graph.attach(f"{graph.parameter_name(first)}.joint", _joined([tensors[at] for at in order]))
 
 
 def _biases_lie_together(graph: CapturedGraph, family: Family, order: list[int]) -> bool:

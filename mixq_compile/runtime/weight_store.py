@@ -190,10 +190,14 @@ class WeightStore:
 
     def fill(self, packed: PackedWeight, weight: Tensor, state: OutlierState) -> None:
         """Fetches the columns that the state knows from the parameter into the outlier weight, now."""
-        count = 0 if not has_data(weight) or self.is_released(weight) else len(state.columns())
-        if count:
-            packed.cached_index[:count] = state.index[:count]
-            packed.fetch(weight, torch.arange(count, dtype=torch.int64, device=packed.cached_index.device))
+        if not has_data(weight) or self.is_released(weight):
+            return
+        with exclusive_access(weight.device):
+            count = len(state.columns())
+            if count:
+                packed.cached_index[:count] = state.index[:count]
+                slots = torch.arange(count, dtype=torch.int64, device=packed.cached_index.device)
+                packed.fetch(weight, slots)
 
     def state(
         self,
@@ -264,7 +268,8 @@ class WeightStore:
         So eager calls of either module and compiled calls of both agree on the outlier columns.
         """
         if kept.data_ptr() != bound.data_ptr():
-            bound.data = kept.data
+            with exclusive_access(kept.device):
+                bound.data = kept.data
 
     def refresh(self, weight: Tensor, look: bool = False) -> bool:
         """Packs a parameter again, in place, if it has been written since. True if it was.
