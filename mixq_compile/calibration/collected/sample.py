@@ -41,8 +41,8 @@ class SampleAccumulator:
             taken[slot] = self.places[slot] = self._next
             self._skip()
         if taken:
-            slots = torch.tensor(list(taken), device=self.rows.device)
-            places = torch.tensor(list(taken.values()), device=rows.device)
+            slots = torch.tensor(list(taken), dtype=torch.int64, device=self.rows.device)
+            places = torch.tensor(list(taken.values()), dtype=torch.int64, device=rows.device)
             self.rows[slots] = rows[places - self.seen].to(self.rows)
         self.seen = end
 
