@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixq_compile.calibration.accumulator import ChannelAccumulator
-from mixq_compile.calibration.statistics import NAMES_SHOWN, CalibrationStats, LinearStatistics
+from mixq_compile.calibration.accumulator import InputAccumulator
+from mixq_compile.calibration.collected import checked_kinds
+from mixq_compile.calibration.collecting_memory import check_memory
+from mixq_compile.calibration.linear_statistics import LinearStatistics
+from mixq_compile.calibration.shared_inputs import SharedInputs
+from mixq_compile.calibration.statistics import NAMES_SHOWN, CalibrationStats
 from mixq_compile.errors import MixqError, OptionError
 from mixq_compile.ir.linears import is_conv1d, is_plain_linear
 from mixq_compile.ir.names import normalise_fqn
@@ -29,6 +33,7 @@ def calibrate(
     limit: int | None = None,
     progress: bool = True,
     thresholds: Sequence[float] = (DEFAULT_THRESHOLD,),
+    kinds: Sequence[str] = ("channels",),
 ) -> CalibrationStats:
     """Runs `model` over `batches` and returns what the input of each of its linears looked like.
 
@@ -48,38 +53,43 @@ def calibrate(
         progress: shows a bar on stderr where that is a terminal.
         thresholds: magnitudes for which each column's exceeding rows are counted; the first is the
             default of `CalibrationStats.outlier_columns`.
+        kinds: what to collect: `"channels"` (always: magnitudes of each input channel), `"gram"` (the
+            second moment XᵀX, 12 bytes for each of K x K entries while it runs) and `"sample"` (up to
+            512 rows of each input, the same for every split into batches).
 
     Raises:
-        OptionError: `limit`, a threshold or the type of a batch is not valid.
+        OptionError: `limit`, a threshold, a kind or the type of a batch is not valid.
         MixqError: the model has no linear, is on the meta device, ran no linear, or some linear saw
-            nothing but NaN and infinities; or `batches` is empty.
+            nothing but NaN and infinities; `batches` is empty; or there is no memory for the kinds.
 
     Warns:
         UserWarning: some linears never ran, or some rows were not finite.
     """
     limit, thresholds = _checked_options(limit, thresholds)
+    kinds = checked_kinds(kinds)
     linears = _linears(model)
     device = _device(model)
-    accumulators: dict[nn.Module, ChannelAccumulator] = {}
+    check_memory([(in_features(module), module.get_parameter("weight").device) for module in linears], kinds)
+    inputs = SharedInputs(lambda channels, where: InputAccumulator(channels, kinds, thresholds, where))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_eval_mode(model))
         stack.enter_context(_without_fast_attention())
         for module in linears:
-            handle = module.register_forward_pre_hook(
-                _hook(accumulators, in_features(module), thresholds), with_kwargs=True
-            )
+            hook = _hook(inputs, in_features(module))
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         count = 0
         for batch in _with_progress(itertools.islice(batches, limit), _total(batches, limit), progress):
             _run(model, batch, device)
+            inputs.settle()
             count += 1
     if count == 0:
         raise MixqError(
             "calibration got no batches: `batches` is empty, or it is a generator that was already used up."
         )
-    return _statistics(model, linears, accumulators, thresholds)
+    return _statistics(model, linears, inputs, thresholds)
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -153,17 +163,16 @@ def _checked_options(limit: int | None, thresholds: Sequence[float]) -> tuple[in
 
 
 def _hook(
-    accumulators: dict[nn.Module, ChannelAccumulator], channels: int, thresholds: tuple[float, ...]
+    inputs: SharedInputs, channels: int
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         activation = args[0] if args else next(iter(kwargs.values()))
-        if activation.is_nested:
-            activation = nested_rows(activation)
-        if activation.shape[-1] != channels:
+        values = nested_rows(activation) if activation.is_nested else activation
+        if values.shape[-1] != channels:
             return  # The linear is about to raise the error that names the shapes.
-        if module not in accumulators:
-            accumulators[module] = ChannelAccumulator(channels, thresholds, activation.device)
-        accumulators[module].add(activation)
+        rows = values.detach().reshape(-1, channels)
+        if rows.shape[0] > 0:
+            inputs.add(module, activation, rows)
 
     return observe
 
@@ -228,18 +237,15 @@ def _with_progress(batches: Iterable[Any], total: int | None, progress: bool) ->
 def _statistics(
     model: nn.Module,
     linears: dict[nn.Module, list[str]],
-    accumulators: dict[nn.Module, ChannelAccumulator],
+    inputs: SharedInputs,
     thresholds: tuple[float, ...],
 ) -> CalibrationStats:
-    seen: dict[str, LinearStatistics] = {}
-    never_run: list[str] = []
-    for module, names in linears.items():
-        accumulator = accumulators.get(module)
-        for name in names:
-            if accumulator is None or accumulator.rows + accumulator.nonfinite_rows == 0:
-                never_run.append(name)
-            else:
-                seen[name] = accumulator.statistics(name)
+    found: dict[str, LinearStatistics] = {}
+    for accumulator, readers in inputs.take_out():
+        found.update(accumulator.statistics([name for module in readers for name in linears[module]]))
+    names = [name for names in linears.values() for name in names]
+    seen = {name: found[name] for name in names if name in found}
+    never_run = [name for name in names if name not in found]
     _check_seen(model, seen, never_run)
     first = next(model.parameters())
     return CalibrationStats(
@@ -264,6 +270,16 @@ def _check_seen(model: nn.Module, seen: dict[str, LinearStatistics], never_run: 
             f"every row that reached {_some(hopeless)} during calibration held a NaN or an infinity, so "
             "there is nothing to learn from. A float16 model that overflows does this: calibrate it in "
             "bfloat16 or float32."
+        )
+    infinite = {
+        name: kind for name, entry in seen.items() for kind, value in entry.further.items()
+        if not value.isfinite().all()
+    }  # fmt: skip
+    if infinite:
+        raise MixqError(
+            f"the {' and '.join(sorted(set(infinite.values())))} of {_some(list(infinite))} overflows "
+            "float32, in which it is kept: the activations there are finite and far too large. Calibrate "
+            'with kinds=("channels",) only, or look for the layer whose output explodes.'
         )
     if never_run:
         warnings.warn(

@@ -17,42 +17,16 @@ import torch
 from torch import Tensor
 
 from mixq_compile.calibration import statistics_file
+from mixq_compile.calibration.collected import FURTHER, channels
+from mixq_compile.calibration.linear_statistics import LinearStatistics
 from mixq_compile.errors import OptionError, StatisticsError
 
-SCHEMA_VERSION = 1
+CHANNELS_VERSION = 1
+"""Schema version of statistics of the kind `channels` alone, which every release reads."""
+KINDS_VERSION = 2
+"""Schema version of statistics of further kinds."""
 NAMES_SHOWN = 5
 """Most names that a message lists."""
-TENSOR_FIELDS = {
-    "absmax": torch.float32,
-    "mean_magnitude": torch.float32,
-    "mean_square": torch.float32,
-    "rows_above": torch.int64,
-}
-"""The tensors of a `LinearStatistics`, in the order in which they are hashed."""
-
-
-@dataclass(frozen=True, eq=False)
-class LinearStatistics:
-    """What the input `[rows, K]` of one linear looked like over all finite rows of calibration."""
-
-    fqn: str
-    absmax: Tensor
-    """[K] fp32, on the CPU like all tensors here: the largest magnitude of each input channel."""
-    mean_magnitude: Tensor
-    """[K] fp32: the mean of |x|."""
-    mean_square: Tensor
-    """[K] fp32: the mean of x², the diagonal of the second moment XᵀX / rows."""
-    rows: int
-    """Finite rows (tokens) seen; the means are over these."""
-    nonfinite_rows: int
-    """Rows left out because they held a NaN or an infinity."""
-    rows_above: Tensor
-    """[T, K] int64: rows whose magnitude was above each of the T thresholds."""
-
-    @property
-    def in_features(self) -> int:
-        """K, the number of input channels."""
-        return self.absmax.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +52,20 @@ class CalibrationStats:
     dtype: str
     """The model's dtype during calibration, for example `float32`."""
     package_version: str
+
+    def __post_init__(self) -> None:
+        kinds = {entry.kinds for entry in self.linears.values()}
+        if len(kinds) > 1:
+            listed = "; ".join(sorted(" and ".join(each) for each in kinds))
+            raise StatisticsError(
+                f"the linears of {self.model_class} have statistics of different kinds ({listed}): "
+                "calibrate them in one run, with the same kinds."
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of statistics that were collected of each linear, `channels` first."""
+        return next((entry.kinds for entry in self.linears.values()), ("channels",))
 
     @property
     def total_rows(self) -> int:
@@ -214,29 +202,40 @@ class CalibrationStats:
         Equal on every machine and for every file layout; the package version and the model's class,
         which change no result, do not enter.
         """
+        further = self.kinds[1:]
         facts = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": KINDS_VERSION if further else CHANNELS_VERSION,
             "thresholds": self.thresholds,
             "never_run": sorted(self.never_run),
             "linears": [
                 (fqn, self.linears[fqn].rows, self.linears[fqn].nonfinite_rows)
                 for fqn in sorted(self.linears)
             ],
+            **({"kinds": self.kinds} if further else {}),
         }
         digest = hashlib.sha256(json.dumps(facts).encode())
+        # Kept by object, so that a tensor of several linears is read once.
+        digests: dict[int, bytes] = {}
         for fqn in sorted(self.linears):
-            for field in TENSOR_FIELDS:
-                tensor: Tensor = getattr(self.linears[fqn], field).contiguous()
-                digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+            entry = self.linears[fqn]
+            for name in channels.FIELDS:
+                digest.update(_content(getattr(entry, name)))
+            for kind in further:
+                value = entry.further[kind]
+                if id(value) not in digests:
+                    digests[id(value)] = hashlib.sha256(_content(value)).digest()
+                digest.update(json.dumps(value.shape).encode() + digests[id(value)])
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file with JSON metadata, whole or not at all.
 
-        Raises StatisticsError where the file cannot be written.
+        A tensor that several linears share is written once. Raises StatisticsError where the file
+        cannot be written.
         """
-        facts = {
-            "schema_version": SCHEMA_VERSION,
+        further = self.kinds[1:]
+        facts: dict[str, Any] = {
+            "schema_version": KINDS_VERSION if further else CHANNELS_VERSION,
             "package_version": self.package_version,
             "model_class": self.model_class,
             "dtype": self.dtype,
@@ -250,10 +249,17 @@ class CalibrationStats:
             "sha256": self.sha256(),
         }
         tensors = {
-            f"{fqn}.{field}": getattr(entry, field)
+            f"{fqn}.{name}": getattr(entry, name)
             for fqn, entry in self.linears.items()
-            for field in TENSOR_FIELDS
+            for name in channels.FIELDS
         }
+        for kind in further:
+            owners: dict[int, str] = {}
+            held_by = {
+                fqn: owners.setdefault(id(entry.further[kind]), fqn) for fqn, entry in self.linears.items()
+            }
+            facts.setdefault("further", {})[kind] = held_by
+            tensors.update((f"{fqn}.{kind}", self.linears[fqn].further[kind]) for fqn in owners.values())
         statistics_file.write(Path(path), facts, tensors)
 
     @classmethod
@@ -263,7 +269,7 @@ class CalibrationStats:
         Raises StatisticsError where the file is missing, damaged, no statistics, or of another
         schema version.
         """
-        facts, tensors = statistics_file.read(Path(path), SCHEMA_VERSION)
+        facts, tensors = statistics_file.read(Path(path), (CHANNELS_VERSION, KINDS_VERSION))
         damaged = functools.partial(statistics_file.unreadable, Path(path))
         try:
             stats = cls._assemble(facts, tensors)
@@ -279,14 +285,23 @@ class CalibrationStats:
         """The statistics that facts and tensors of a file stand for."""
         linears: dict[str, LinearStatistics] = {}
         for fqn, counts in facts["linears"].items():
-            fields = {field: tensors[f"{fqn}.{field}"] for field in TENSOR_FIELDS}
-            channels = fields["absmax"].shape[0]
-            for field, dtype in TENSOR_FIELDS.items():
-                expected = (len(facts["thresholds"]), channels) if field == "rows_above" else (channels,)
-                if fields[field].dtype != dtype or fields[field].shape != expected:
-                    raise ValueError(f"{fqn}.{field} is not {dtype} of shape {expected}")
+            fields = {name: tensors[f"{fqn}.{name}"] for name in channels.FIELDS}
+            in_features = fields["absmax"].shape[0]
+            for name, dtype in channels.FIELDS.items():
+                expected = (len(facts["thresholds"]), in_features) if name == "rows_above" else (in_features,)
+                if fields[name].dtype != dtype or fields[name].shape != expected:
+                    raise ValueError(f"{fqn}.{name} is not {dtype} of shape {expected}")
+            further: dict[str, Tensor] = {}
+            for kind, held_by in facts.get("further", {}).items():
+                further[kind] = tensors[f"{held_by[fqn]}.{kind}"]
+                if not FURTHER[kind].fits(further[kind], in_features):
+                    raise ValueError(f"{fqn}.{kind} does not fit {in_features} input channels")
             linears[fqn] = LinearStatistics(
-                fqn=fqn, rows=int(counts["rows"]), nonfinite_rows=int(counts["nonfinite_rows"]), **fields
+                fqn=fqn,
+                rows=int(counts["rows"]),
+                nonfinite_rows=int(counts["nonfinite_rows"]),
+                further=further,
+                **fields,
             )
         return cls(
             linears=linears,
@@ -336,3 +351,9 @@ def _suffixes(name: str) -> Iterator[str]:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in list(names)[:NAMES_SHOWN])
+
+
+def _content(tensor: Tensor) -> bytes:
+    """The bytes of a tensor on the CPU."""
+    owned = tensor.contiguous()
+    return ctypes.string_at(owned.data_ptr(), owned.nbytes)

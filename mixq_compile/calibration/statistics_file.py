@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def write(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         ) from error
 
 
-def read(path: Path, schema_version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path, schema_versions: Collection[int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The facts and tensors in `path`.
 
     Raises StatisticsError where the file is missing, damaged, no statistics, or of another schema
@@ -58,7 +58,7 @@ def read(path: Path, schema_version: int) -> tuple[dict[str, Any], dict[str, Ten
         raise unreadable(path, error.strerror or str(error), "Give the path of a saved file.") from error
     except SafetensorError as error:
         raise unreadable(path, f"it is damaged, cut short, or no safetensors file ({error})") from error
-    return _facts(path, metadata, schema_version), tensors
+    return _facts(path, metadata, schema_versions), tensors
 
 
 def unreadable(
@@ -68,7 +68,7 @@ def unreadable(
     return StatisticsError(f"cannot read statistics from {path}: {why}. {remedy}")
 
 
-def _facts(path: Path, metadata: dict[str, str], schema_version: int) -> dict[str, Any]:
+def _facts(path: Path, metadata: dict[str, str], schema_versions: Collection[int]) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
         raise unreadable(
             path,
@@ -80,10 +80,11 @@ def _facts(path: Path, metadata: dict[str, str], schema_version: int) -> dict[st
     except ValueError as error:
         raise unreadable(path, f"its header is damaged ({error})") from error
     version = facts.get("schema_version") if isinstance(facts, dict) else None
-    if version != schema_version:
+    if version not in schema_versions:
+        known = " and ".join(str(known) for known in schema_versions)
         raise unreadable(
             path,
-            f"it has schema version {version!r}, and this release reads version {schema_version}",
+            f"it has schema version {version!r}, and this release reads version {known}",
             "Calibrate the model again with this release, or use the release that wrote it.",
         )
     return dict(facts)

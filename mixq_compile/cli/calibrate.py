@@ -29,6 +29,15 @@ def calibrate(
         typer.Option(min=2, help="Tokens of a window.  [dim]\\[default: 512, or the model's context][/dim]"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows run together.")] = 8,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to collect beside [bold]channels[/bold]: [bold]gram[/bold], the second moments of "
+            "the inputs (memory and file grow with K²), or [bold]sample[/bold], up to 512 rows of each "
+            "input. Can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -42,6 +51,7 @@ def calibrate(
     Example: [bold]mixq calibrate MODEL --text train.txt --output stats.safetensors[/bold]
     """
     from mixq_compile.calibration import calibrate as run_calibration
+    from mixq_compile.calibration.collected import checked_kinds
     from mixq_compile.cli.models import load_model
     from mixq_compile.cli.texts import batches, read_text, windows
     from mixq_compile.errors import OptionError
@@ -49,10 +59,11 @@ def calibrate(
 
     if not output.parent.is_dir():
         raise OptionError(f"--output {output}: there is no folder {output.parent}. Make it first.")
+    kinds = checked_kinds(kind or ("channels",))
     loaded = load_model(model, device, dtype)
     longest = length or min(DEFAULT_LENGTH, context_length(loaded.model) or DEFAULT_LENGTH)
     ids = windows(loaded.required_tokenizer(), read_text(text), longest, limit)
-    stats = run_calibration(loaded.model, batches(ids, batch))
+    stats = run_calibration(loaded.model, batches(ids, batch), kinds=kinds)
     stats.save(output)
     if json:
         print_json(summary(stats, output, len(ids)))
@@ -68,6 +79,7 @@ def summary(stats: CalibrationStats, path: Path, windows_run: int) -> dict[str, 
         "windows": windows_run,
         "tokens": stats.total_rows,
         "threshold": stats.thresholds[0],
+        "kinds": list(stats.kinds),
         "linears": {
             fqn: {
                 "in_features": stats[fqn].in_features,
@@ -99,6 +111,6 @@ def _print(stats: CalibrationStats, path: Path, windows_run: int) -> None:
         target.print(f"… and {len(ordered) - LINEARS_SHOWN} more linears with smaller inputs", style="dim")
     target.print(
         f"{windows_run} windows, {stats.total_rows} tokens, {len(stats)} linears; "
-        f"written to {path} (sha256 {facts['sha256'][:12]}…)",
+        f"{' and '.join(stats.kinds)} written to {path} (sha256 {facts['sha256'][:12]}…)",
         markup=False,
     )

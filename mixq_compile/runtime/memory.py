@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mixq_compile.errors import MixqError
+from mixq_compile.ir.free_memory import free_bytes
 from mixq_compile.scheme import QuantScheme
 
 log = logging.getLogger(__name__)
@@ -22,18 +22,6 @@ REMEDIES = (
     "mixq_compile.quantize(model) swaps the linears before compiling and frees their 16-bit weights, and "
     "options={'release_weights': True} frees them after compiling"
 )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a device in bytes; None where it cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as lines:
-            found = next(line for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    return int(found.split()[1]) * 1024
 
 
 def check(weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) -> None:

@@ -275,7 +275,7 @@ class TestFile:
     @pytest.mark.parametrize(
         ("header", "why"),
         [
-            ('{"schema_version": 2}', "schema version 2, and this release reads version 1"),
+            ('{"schema_version": 3}', "schema version 3, and this release reads version 1 and 2"),
             ('{"schema_version": 1}', "damaged: KeyError 'linears'"),
             ('{"schema_version": 1, "linears": {"a": {"rows": 1}}}', "damaged: KeyError 'a.absmax'"),
             ('{"schema_version": 1, "linears": []}', "damaged"),
