@@ -27,7 +27,7 @@ from mixq_compile.ops.state_access import STATES
 from mixq_compile.runtime import compiled_graph, weight_watch
 from mixq_compile.runtime.weight_watch import WeightWatch
 
-ROUNDS = 120
+ROUNDS = 40
 CALLS = 50
 RESULTS = Path(__file__).parent / "results" / "guard_costs_cpu.json"
 SHAPES = ((64, 256, 256), (512, 1024, 1024))
