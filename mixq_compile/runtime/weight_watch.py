@@ -42,7 +42,10 @@ class WeightWatch:
         self._credit = 0.0
         self._cheapest = _seconds_of_a_look(weights[0][1]) if weights else 0.0
         self._look_seconds, self._looks = self._cheapest, 1
-        self._call_seconds, self._calls = 0.0, 0
+        self._first_look = self._cheapest
+        self._call_seconds = 0.0
+        self.calls = 0
+        """How often the graph has run."""
         self._looking = threading.Lock()
         self._outcome: tuple[int, Tensor, torch.cuda.Event] | None = None
         _WATCHES.add(self)
@@ -50,15 +53,15 @@ class WeightWatch:
     @property
     def calls_until_seen(self) -> int | None:
         """After how many calls every weight has been looked at, at the pace so far; None before the first."""
-        if not self._blocks or not self._calls:
+        if not self._blocks or not self.calls:
             return None
         needed = len(self._blocks) * self._look_seconds / self._looks
-        return max(len(self._blocks), math.ceil(needed / (SHARE * self._call_seconds / self._calls)))
+        return max(len(self._blocks), math.ceil(needed / (SHARE * self._call_seconds / self.calls)))
 
     @property
     def share(self) -> float:
         """The part of the graph's time that looking has taken."""
-        return self._look_seconds / self._call_seconds if self._calls else 0.0
+        return (self._look_seconds - self._first_look) / self._call_seconds if self.calls else 0.0
 
     def watches(self, weights: Iterable[Tensor]) -> bool:
         """Whether one of these is among its weights."""
@@ -67,7 +70,7 @@ class WeightWatch:
 
     def ran(self, seconds: float) -> None:
         """Counts a call of the graph that took so long on the host."""
-        self._calls += 1
+        self.calls += 1
         self._call_seconds += seconds
         self._credit += SHARE * seconds
 
