@@ -63,6 +63,7 @@ class StateAccess:
         written would name a column and hold another's weights."""
         self._quiet = threading.Condition(self._lock)
         self._active = 0
+        self._writers = 0
         self._pending: list[tuple[Change, State]] = []
         self._call.__dict__.update(depth=0, copies={}, caches={})
 
@@ -72,8 +73,8 @@ class StateAccess:
         call.depth += 1
         if call.depth == 1:
             with self._lock:
-                if self._pending:
-                    self._quiet.wait_for(lambda: not self._pending, ENTRY_SECONDS)
+                if self._pending or self._writers:
+                    self._quiet.wait_for(lambda: not self._pending and not self._writers, ENTRY_SECONDS)
                 self._active += 1
 
     def __exit__(self, *exception: object) -> None:
@@ -100,12 +101,18 @@ class StateAccess:
         """
         own = 1 if self._call.depth else 0
         with self._lock:
-            if not self._quiet.wait_for(lambda: self._active <= own, EXCLUSIVE_SECONDS):
-                raise MixqError(
-                    "quantized weights or outlier states are to be written, and a call of another thread has "
-                    f"been reading them for {EXCLUSIVE_SECONDS:.0f} seconds: write them between calls."
-                )
-            yield
+            # Calls that would begin now wait: among many threads there may never be none under way.
+            self._writers += 1
+            try:
+                if not self._quiet.wait_for(lambda: self._active <= own, EXCLUSIVE_SECONDS):
+                    raise MixqError(
+                        "quantized weights or outlier states are to be written, and a call of another thread "
+                        f"has been reading them for {EXCLUSIVE_SECONDS:.0f} seconds: write between calls."
+                    )
+                yield
+            finally:
+                self._writers -= 1
+                self._quiet.notify_all()
 
     def current(self, state: State) -> State:
         """The buffers that this thread's call reads: its copy where it has one."""

@@ -28,9 +28,12 @@ def _states(model: nn.Module) -> list[OutlierState]:
 @contextmanager
 def _alone(states: list[OutlierState]) -> Iterator[None]:
     """A time in which no call reads these states."""
+    devices = {state.index.device for state in states}
     with ExitStack() as stack:
-        for device in {state.index.device for state in states}:
+        for device in sorted((device for device in devices if device.type == "cuda"), key=str):
             stack.enter_context(exclusive_access(device))
+        if any(device.type != "cuda" for device in devices):  # all others are one to it
+            stack.enter_context(exclusive_access(torch.device("cpu")))
         yield
 
 

@@ -121,10 +121,39 @@ def test_writers_wait_for_calls_under_way() -> None:
     assert order == ["the call ends", "written"]
 
 
+def test_writers_get_their_turn_among_calls_that_never_pause() -> None:
+    """Two threads whose calls overlap, so that without precedence there would never be none under way."""
+    access, stop, written = StateAccess(), threading.Event(), threading.Event()
+    inside = threading.Semaphore(0)
+
+    def call_on_and_on() -> None:
+        while not stop.is_set():
+            with access:
+                inside.release()
+                stop.wait(0.002)
+
+    def write() -> None:
+        with access.exclusive():
+            written.set()
+
+    threads = [threading.Thread(target=call_on_and_on) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    inside.acquire()
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        assert written.wait(10), "the writer waits for ever"
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_a_call_that_never_ends_is_an_error_for_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_access, "EXCLUSIVE_SECONDS", 0.05)
     access = StateAccess()
-    with another_call(access), pytest.raises(MixqError, match="write them between calls"), access.exclusive():
+    with another_call(access), pytest.raises(MixqError, match="write between calls"), access.exclusive():
         pass
 
 

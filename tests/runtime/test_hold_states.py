@@ -128,3 +128,10 @@ def test_loading_inside_keeps_the_hold() -> None:
         assert columns(model)[0] == (3,)
     call(rows(columns=(7,)))
     assert columns(model)[0] == (3, 7)
+
+
+def test_a_model_that_is_partly_on_the_meta_device() -> None:
+    model = mixq.quantize(block())
+    model.down_proj.to("meta")
+    mixq.freeze(model)
+    mixq.reset(model)
