@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.formats import TensorFormat
@@ -30,6 +30,24 @@ class WeightRecipe:
     format: TensorFormat
     solver: WeightSolver = "absmax"
     """How scales are chosen: from the largest magnitude, or by a search over clipped ones (`clip`)."""
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise unknown_name("weight solver", self.solver, SOLVERS)
+
+    def __str__(self) -> str:
+        return f"{self.format} {self.solver}"
+
+    @staticmethod
+    def parse(text: str) -> WeightRecipe:
+        """The recipe of a text that `str` writes. Raises OptionError for one that is none."""
+        fmt, _, solver = text.partition(" ")
+        return WeightRecipe(TensorFormat.parse(fmt), cast(WeightSolver, solver))
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The parts of a packed weight, by the names that operators give them."""
+        return ("weight_codes", "weight_scale")
 
 
 @dataclass(frozen=True)
