@@ -15,13 +15,14 @@ from typing import Any
 from mixq_compile.errors import OperandError, OptionError
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops.outlier_state import STATE_FIELDS
-from mixq_compile.scheme import OutlierPolicy, QuantScheme, WeightRecipe
+from mixq_compile.scheme import MissPolicy, OutlierPolicy, QuantScheme, WeightRecipe
 
 CACHE_FIELDS = ("cached_index", "outlier_weight")
 """What a linear keeps of its outlier columns: which they are `[C]`, and their weights `[N, C]`."""
 ORIGINAL = "original"
 """The 16-bit weight `[N, K]`, or an empty tensor: the last of a linear's weight tensors."""
-_STATIC, _NONE = "static", "none"
+_STATIC: MissPolicy = "static"
+_NONE = "none"
 
 
 @dataclass(frozen=True)
