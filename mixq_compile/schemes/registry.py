@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from mixq_compile.errors import unknown_name
+from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.scheme import QuantScheme
 
 _PACKAGE, _, _OWN_NAME = __name__.rpartition(".")
@@ -22,10 +22,19 @@ def scheme_names() -> tuple[str, ...]:
 
 
 def get_scheme(name: str | QuantScheme) -> QuantScheme:
-    """The scheme of this name. Raises OptionError that lists the valid names."""
+    """The scheme of this name, or the one given.
+
+    Raises OptionError that lists the valid names, or where the scheme asks for what no module computes yet.
+    """
     if isinstance(name, QuantScheme):
-        return name
-    if name not in scheme_names():
+        scheme = name
+    elif name not in scheme_names():
         raise unknown_name("scheme", name, scheme_names())
-    scheme: QuantScheme = importlib.import_module(f"{_PACKAGE}.{name}").SCHEME
+    else:
+        scheme = importlib.import_module(f"{_PACKAGE}.{name}").SCHEME
+    if scheme.low_rank is not None:
+        raise OptionError(
+            f"scheme {scheme.name!r} keeps a low-rank part of the rounding error, of rank "
+            f"{scheme.low_rank.rank}, which no quantized linear computes yet: leave low_rank out."
+        )
     return scheme
