@@ -85,6 +85,16 @@ def scale_of(low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tens
     return scale, torch.round(-low / scale).clamp_(0, fmt.largest_code).to(torch.uint8)
 
 
+def steps(scale: Tensor, fmt: TensorFormat, dtype: torch.dtype = torch.float32) -> Tensor:
+    """How far apart the values of neighbouring codes are, `[N, G]`; G = 1 where a row has one scale."""
+    by_group = scale.reshape(scale.shape[0], -1)
+    if fmt.scale != "power_of_two":
+        return by_group.to(dtype)
+    # The bits of a float64, because functions that raise 2 to a power need not be exact.
+    exponent = by_group.to(torch.int64) - EXPONENT_BIAS - (fmt.bits - 1)
+    return ((exponent + 1023) << 52).view(torch.float64).to(dtype)
+
+
 def codes_of(matrix: Tensor, scale: Tensor, zero: Tensor | None, fmt: TensorFormat) -> Tensor:
     """The nearest codes `[N, K]` of a matrix at these scales and zero points."""
     codes = _matrix(_float_codes(matrix, scale, zero, fmt), matrix.shape[1])
@@ -138,9 +148,4 @@ def _exponents(largest: Tensor) -> Tensor:
 
 
 def _steps(scale: Tensor, fmt: TensorFormat, dtype: torch.dtype) -> Tensor:
-    """How far apart neighbouring codes of each scale are, `[N, G, 1]`."""
-    if fmt.scale != "power_of_two":
-        return _column(scale, dtype)
-    # The bits of a float64, because functions that raise 2 to a power need not be exact.
-    exponent = scale.to(torch.int64) - EXPONENT_BIAS - (fmt.bits - 1)
-    return _column(((exponent + 1023) << 52).view(torch.float64), dtype)
+    return steps(scale, fmt, dtype)[..., None]
