@@ -30,6 +30,11 @@ def weight_bits(weight_codes: Tensor) -> int:
     return 4 if weight_codes.dtype == torch.uint8 else 8
 
 
+def format_name(weight_codes: Tensor) -> str:
+    """The text of `format_of`, without making a value of it: asked in every call."""
+    return "int4" if weight_codes.dtype == torch.uint8 else "int8"
+
+
 def codes_dtype(fmt: TensorFormat) -> torch.dtype:
     """The dtype of codes in memory: int8, or uint8 where they count from 0 or several share a byte."""
     return torch.int8 if fmt.bits == 8 and fmt.signed else torch.uint8
