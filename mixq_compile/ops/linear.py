@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.composition import STATIC, multiplied, quantized, refreshed, run_kernel, weight_only
+from mixq_compile.ops.activation_codes import format_of_bits
+from mixq_compile.ops.composition import (
+    STATIC,
+    Given,
+    multiplied,
+    quantized,
+    refreshed,
+    run_kernel,
+    weight_only,
+)
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
 from mixq_compile.ops.shared_declarations import LAYOUT, STATE, WEIGHT
@@ -75,7 +84,7 @@ def linear(
         x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters, effective_threshold,
         cached_index, outlier_weight, original,
     )  # fmt: skip
-    given = {
+    given: Given = {
         "x": x,
         "weight_codes": weight_codes,
         "weight_scale": weight_scale,
@@ -88,13 +97,13 @@ def linear(
         "cached_index": cached_index,
         "outlier_weight": outlier_weight,
         "original": original,
-        "bits": activation_bits,
         "kernel": AUTO,
     }
     # Not through the operators: each would cost a dispatch and check again what fits already.
     if activation_bits == 16:
         return weight_only(given, run_kernel)  # type: ignore[no-any-return]
     slots = index.shape[0]
+    given["format"] = format_of_bits(activation_bits)
     given["miss"] = miss = parse_policy(policy)[0] if slots else STATIC
     with state_access(x.device, miss in LEARNING):
         given["small_m"] = small_batch_limit_of(x, weight_codes, column_slot.shape[0], batch_invariant)

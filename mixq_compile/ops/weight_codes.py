@@ -23,6 +23,7 @@ __all__ = [
     "aligned_empty",
     "codes_dtype",
     "dequantize_weight",
+    "format_name",
     "format_of",
     "integer_codes",
     "pack_int4",
@@ -35,6 +36,11 @@ __all__ = [
 def weight_bits(weight_codes: Tensor) -> int:
     """8 for int8 codes, 4 for packed uint8 ones."""
     return 4 if weight_codes.dtype == torch.uint8 else 8
+
+
+def format_name(weight_codes: Tensor) -> str:
+    """The text of `format_of`, without making a value of it: asked in every call."""
+    return "int4" if weight_codes.dtype == torch.uint8 else "int8"
 
 
 def format_of(weight_codes: Tensor) -> TensorFormat:

@@ -14,6 +14,7 @@ from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.roles import role_of
 from mixq_compile.ir.shapes import row_count
+from mixq_compile.ops.activation_codes import format_of_bits
 from mixq_compile.ops.linear import parse_policy, small_batch_limit_of
 from mixq_compile.ops.operands import operands
 from mixq_compile.ops.outlier_state import COUNT
@@ -59,7 +60,7 @@ class ExpandLinear(Pass):
         slots = graph.value(given["index"]).shape[0]
         parts = MixedLinear(
             operands=given,
-            bits=bits,
+            format=format_of_bits(bits),
             policy={"threshold": threshold, "capacity": slots, "miss": miss} if slots else None,
             columns=_fixed_columns(index, counters) if miss in ("static", "frozen") else None,
             small_m=small_m,

@@ -57,6 +57,11 @@ class Shape:
     small_m: int = 0
     miss: str = "exact"
 
+    @property
+    def activation(self) -> str:
+        """The format of the activation's codes."""
+        return f"int{self.activation_bits}"
+
 
 SHAPES: dict[str, Shape] = {
     "plain": Shape(),
@@ -116,22 +121,22 @@ def quantized(t: Tensors, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and outliers of the input with the columns known before."""
     state = t.state
     return ops.quantize(  # type: ignore[no-any-return]
-        t.x, state.index, state.column_slot, state.counters, shape.activation_bits, shape.small_m, "ref"
+        t.x, state.index, state.column_slot, state.counters, shape.activation, shape.small_m, "ref"
     )
 
 
 def _quantize(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     state = t.state
-    return t.x, state.index, state.column_slot, state.counters, shape.activation_bits, shape.small_m, "ref"
+    return t.x, state.index, state.column_slot, state.counters, shape.activation, shape.small_m, "ref"
 
 
 def _quantize_affine(t: Tensors, shape: Shape) -> tuple[Any, ...]:
-    state, format = t.state, f"uint{shape.activation_bits}"
+    state, format = t.state, f"u{shape.activation}"
     return t.x, state.index, state.column_slot, state.counters, format, "ref"
 
 
 def _quantize_online(t: Tensors, shape: Shape) -> tuple[Any, ...]:
-    return t.x, *t.state.buffers(), shape.activation_bits, shape.miss, shape.small_m, "ref"
+    return t.x, *t.state.buffers(), shape.activation, shape.miss, shape.small_m, "ref"
 
 
 def _refresh(t: Tensors, shape: Shape) -> tuple[Any, ...]:
@@ -188,7 +193,7 @@ def _quantized_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     following = OutlierState.create(shape.out_features, 16, 6.0, "cpu")
     return (
         codes, *following.buffers(), scale, outliers, t.state.counters, t.codes, t.scale, t.outlier_weight,
-        t.bias, "gelu", shape.activation_bits, "exact", "ref",
+        t.bias, "gelu", shape.activation, "exact", "ref",
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_a_range_on_one_side_has_twice_as_many_steps_as_one_with_a_sign() -> Non
     x = numbers(64, K).relu()
     affine = values(*call(x, "uint4")[:3])
     state = state_with()
-    codes, scale, _ = ops.quantize(x, state.index, state.column_slot, state.counters, 4, 0, "ref")
+    codes, scale, _ = ops.quantize(x, state.index, state.column_slot, state.counters, "int4", 0, "ref")
     symmetric = scale.double()[:, None] * codes.double()
     inside = [column for column in range(K) if column not in COLUMNS]
     errors = [(found - x)[:, inside].square().mean() for found in (affine, symmetric)]

@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from mixq_compile.ops.activation_codes import largest_code
 from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW, TEACHING_LIMIT
 from mixq_compile.ops.providers import KernelQuery, provider, refused_format
 from mixq_compile.ops.small_batch import is_small_batch
@@ -34,8 +35,7 @@ def _row_maximum(values: Tensor, column_slot: Tensor, rows: Tensor) -> Tensor:
     return inner.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
 
 
-def _codes_and_scale(values: Tensor, column_slot: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    largest_code = 2 ** (bits - 1) - 1
+def _codes_and_scale(values: Tensor, column_slot: Tensor, largest_code: int) -> tuple[Tensor, Tensor]:
     finite = finite_rows(values)
     row_maximum = _row_maximum(values, column_slot, finite)
     # With a number in place of a tensor torch would round twice, multiplying by a reciprocal: `number /
@@ -74,10 +74,10 @@ def rows_of(x: Tensor) -> int:
 
 @provider("quantize", name="ref", priority=PRIORITY, supports=supports)
 def quantize(
-    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, bits: int, small_m: int
+    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, format: str, small_m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     matrix = x.reshape(rows_of(x), x.shape[-1])
-    codes, scale = _codes_and_scale(matrix.float(), column_slot, bits)
+    codes, scale = _codes_and_scale(matrix.float(), column_slot, largest_code(format))
     outliers = extract(matrix, index, int(count[COUNT]) if index.shape[0] else 0)
     return shaped(x, codes, scale, outliers)
 
@@ -182,27 +182,27 @@ def quantize_online(
     column_max: Tensor,
     counters: Tensor,
     effective_threshold: Tensor,
-    bits: int,
+    format: str,
     miss: str,
     small_m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     matrix = x.reshape(rows_of(x), x.shape[-1])
     if is_small_batch(matrix, small_m) or not matrix.numel():
-        codes, scale = _codes_and_scale(matrix.float(), column_slot, bits)
+        codes, scale = _codes_and_scale(matrix.float(), column_slot, largest_code(format))
         return *shaped(x, codes, scale, extract(matrix, index, 0)), torch.zeros_like(counters[:1])
-    values = matrix.float()
+    values, largest = matrix.float(), largest_code(format)
     shared = (index, column_slot, column_max, counters, effective_threshold)
     state = STATES.current(shared)
     learns = miss != "static" and not int(counters[FROZEN])
     if learns and miss == "per_call":
         state = learn(values, None, shared, miss)
-    codes, scale = _codes_and_scale(values, state[1], bits)
+    codes, scale = _codes_and_scale(values, state[1], largest)
     teaches = teaching(scale)
     row_maximum = _row_maximum(values, state[1], teaches)
     exceeded = learns and miss != "per_call" and bool((row_maximum > state[4]).any())
     if exceeded and miss != "lazy":
         state = learn(values, teaches, shared, miss)
-        codes, scale = _codes_and_scale(values, state[1], bits)
+        codes, scale = _codes_and_scale(values, state[1], largest)
     index, _, _, counters, _ = state
     count = int(counters[COUNT])
     outliers = extract(matrix, index, count)
