@@ -67,7 +67,7 @@ def linear(
     if parsed.activation is None:
         return weight_only(given, run_kernel)  # type: ignore[no-any-return]
     slots = given["index"].shape[0]
-    given["bits"] = parsed.activation.bits
+    given["format"] = str(parsed.activation)
     given["miss"] = miss = parsed.miss if slots else STATIC
     with state_access(x.device, miss in LEARNING):
         given["small_m"] = small_batch_limit_of(

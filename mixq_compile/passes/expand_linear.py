@@ -65,7 +65,7 @@ class ExpandLinear(Pass):
         slots = graph.value(given["index"]).shape[0]
         parts = MixedLinear(
             operands=given,
-            bits=activation.bits,
+            format=str(activation),
             policy={"threshold": recipe.threshold, "capacity": slots, "miss": miss} if slots else None,
             columns=_fixed_columns(index, counters) if miss in ("static", "frozen") else None,
             small_m=small_m,

@@ -47,6 +47,8 @@ def _policy_key(node: Node) -> str:
 
 def _take_smaller_switch_point(first: Node, other: Node) -> None:
     """Lets both quantize from the fewer rows on: one of them would be left without codes otherwise."""
+    if SWITCH_POINT not in operands(first):
+        return
     smaller = min(operand(first, SWITCH_POINT), operand(other, SWITCH_POINT))
     for node in (first, _refresh_of(first)):
         if node is not None:

@@ -45,9 +45,13 @@ def composed(t: Tensors, shape: Shape, bits: int) -> Tensor:
         return weight_only_linear(t.x, t.codes, t.scale, t.bias, AUTO)  # type: ignore[no-any-return]
     if shape.miss == "static" or not shape.capacity:
         count = state.counters
-        codes, scale, outliers = quantize(t.x, state.index, state.column_slot, count, bits, 0, AUTO)
+        codes, scale, outliers = quantize(
+            t.x, state.index, state.column_slot, count, shape.activation, 0, AUTO
+        )
     else:
-        codes, scale, outliers, count = quantize_online(t.x, *state.buffers(), bits, shape.miss, 0, AUTO)
+        codes, scale, outliers, count = quantize_online(
+            t.x, *state.buffers(), shape.activation, shape.miss, 0, AUTO
+        )
     if shape.capacity:
         refresh_outlier_weights(
             codes, state.index, count, [t.cached_index], [t.outlier_weight], [t.codes], [t.scale],
