@@ -17,9 +17,9 @@ from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.linear_spellings import CANONICAL, Attribute, SpelledLinear, spelled_linear
 from mixq_compile.ir.roles import OTHER, ROUTER, role_of
 from mixq_compile.pipeline import Decision, Pass, PassContext
+from mixq_compile.selection.eligibility import GROUPED
 
 aten = torch.ops.aten
-GROUPED = "unsupported: grouped (one product for several experts)"
 UNSUPPORTED = {"grouped_mm": GROUPED}
 MIXED_TYPES = "its input, weight and result differ in dtype, as under autocast: cast the model itself instead"
 

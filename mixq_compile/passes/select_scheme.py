@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,70 +14,17 @@ from torch.fx import Node
 from mixq_compile.errors import OptionError, ReleasedWeightError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ir.roles import LM_HEAD, OTHER, ROUTER
+from mixq_compile.ir.roles import OTHER
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
 from mixq_compile.ops.operands import operand
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
-from mixq_compile.schemes.registry import get_scheme
+from mixq_compile.selection.eligibility import FLOATS, ineligible
+from mixq_compile.selection.gain import LARGE_BATCH, gains_by_merging, no_kernel, not_faster
+from mixq_compile.selection.scheme_rules import SchemeRules
 
 EMBEDDINGS = (nn.functional.embedding, torch.ops.aten.embedding.default)
-SMALLEST_FEATURES = 16
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LARGE_BATCH = 256
-"""From this many rows on an integer product can win where it wins at all."""
-NEVER = {
-    LM_HEAD: "the output head stays in 16 or 32 bit",
-    ROUTER: "a router, or a product that no linear module owns",
-}
-"""Roles that are never quantized, and why."""
-
-
-def name_matches(fqn: str, pattern: str) -> bool:
-    """True if the pattern is the name, one of its dotted parts, or a glob that fits it."""
-    return fqn == pattern or pattern in fqn.split(".") or fnmatch.fnmatchcase(fqn, pattern)
-
-
-def ineligible(fqn: str, role: str, weight: Tensor, ignore: Sequence[str]) -> str | None:
-    """Why a linear of this name, role and weight is left alone whatever it would gain; None if it is not."""
-    pattern = next((entry for entry in ignore if name_matches(fqn, entry)), None)
-    if pattern is not None:
-        return f"ignored: its name matches {pattern!r}"
-    if role in NEVER:
-        return NEVER[role]
-    if weight.dtype not in FLOATS:
-        return f"its weight is {weight.dtype}, not a floating-point type that has kernels"
-    if min(weight.shape) < SMALLEST_FEATURES:
-        return f"too small: {tuple(weight.shape)}, and an integer product needs {SMALLEST_FEATURES} of each"
-    return None
-
-
-def no_kernel(query: providers.KernelQuery) -> str | None:
-    """Why no provider computes a linear of this query's device, dtype and formats; None where one does."""
-    chosen, refused = providers.rejections(query)
-    if chosen is not None:
-        return None
-    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-    return f"no kernel on {query.device.type}: {reasons}"
-
-
-def not_faster(query: providers.KernelQuery, rows: Sequence[int], kernel: str = providers.AUTO) -> str | None:
-    """Why a linear would gain at none of these numbers of rows; None where it would, or nothing is known."""
-    if kernel == providers.AUTO:
-        chosen, refused = providers.rejections(query)
-        if chosen is None or chosen.name == "ref":
-            return "no fast kernel: " + "; ".join(f"{name}: {why}" for name, why in refused.items())
-    else:
-        chosen = providers.supporting(query, kernel)
-    if chosen.speedup is None:
-        return None
-    speedups = {count: chosen.speedup(query, count) for count in rows}
-    known = {count: ratio for count, ratio in speedups.items() if ratio is not None}
-    if not known or max(known.values()) >= 1.0:
-        return None
-    figures = ", ".join(f"{ratio:.2f}x at {count} rows" for count, ratio in known.items())
-    return f"not faster with {chosen.name}: {figures}"
 
 
 @dataclass(frozen=True)
@@ -113,22 +59,18 @@ class SelectScheme(Pass):
 
         Raises OptionError for an entry of `layers` that is not `pattern=scheme`.
         """
-        chosen = self.default
+        return self._rules().scheme_for(fqn, role)
+
+    def _rules(self) -> SchemeRules:
+        pairs = []
         for entry in self.layers:
             pattern, equals, scheme = entry.rpartition("=")
             if not equals:
                 raise OptionError(
                     f"layers takes pattern=scheme, for example '*.down_proj=w8a8', not {entry!r}."
                 )
-            if name_matches(fqn, pattern):
-                chosen = scheme
-                break
-        found = get_scheme(chosen)
-        instead = dict(found.instead).get(role)
-        if instead is not None:
-            found = get_scheme(instead)
-        changes = {"threshold": self.threshold, "capacity": self.capacity, "miss": self.miss}
-        return found.with_outliers(**{name: value for name, value in changes.items() if value is not None})
+            pairs.append((pattern, scheme))
+        return SchemeRules(self.default, tuple(pairs), self.threshold, self.capacity, self.miss)
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear."""
@@ -205,13 +147,9 @@ class SelectScheme(Pass):
             return providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
 
         alone = query_of([node])
-        return not_faster(query_of(siblings) if _merges(alone, self.kernel) else alone, rows, self.kernel)
-
-
-def _merges(query: providers.KernelQuery, kernel: str) -> bool:
-    """True where the provider that would run a linear gains by one product for several."""
-    chosen = providers.rejections(query)[0] if kernel == providers.AUTO else providers.named(query.op, kernel)
-    return chosen is not None and chosen.merges is not None and chosen.merges(query) is True
+        return not_faster(
+            query_of(siblings) if gains_by_merging(alone, self.kernel) else alone, rows, self.kernel
+        )
 
 
 def _embedding_weights(graph: CapturedGraph) -> set[int]:
