@@ -22,9 +22,9 @@ def _layer(names: str, below: str) -> None:
     BELOW.update(dict.fromkeys(names.split(), allowed))
 
 
-_layer("version errors", "")
+_layer("version errors json_values", "")
 _layer("formats", "errors")
-_layer("scheme", "formats")
+_layer("scheme", "formats json_values")
 _layer("schemes", "scheme")
 _layer("ops", "scheme version")
 _layer("kernels", "ops")
