@@ -18,6 +18,7 @@ from mixq_compile.ops import providers
 from mixq_compile.ops.operands import operand, operands
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.passes._mixed_linear import MixedLinear, write_weight_only
+from mixq_compile.passes._obstacles import Obstacle
 from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
 from mixq_compile.scheme import QuantScheme
 
@@ -45,7 +46,8 @@ class RewriteMixedLinear(Pass):
         for node in self._with_scheme(graph):
             linear = _Quantizable.of(graph, node)
             if linear is None:
-                yield Decision.skipped(node, COMPUTED, fqn=Annotations(node).fqn)
+                blamed = Obstacle(COMPUTED, (operand(node, "weight").name,))
+                yield Decision.skipped(node, COMPUTED, fqn=Annotations(node).fqn, details=blamed.details)
                 Annotations(node).skip = COMPUTED
             else:
                 chosen[node] = linear

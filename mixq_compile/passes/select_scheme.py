@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from mixq_compile.ir.roles import OTHER
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
 from mixq_compile.ops.operands import operand
+from mixq_compile.passes._obstacles import Obstacle
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.selection.eligibility import FLOATS, ineligible
@@ -74,7 +75,7 @@ class SelectScheme(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear."""
-        embedded = _embedding_weights(graph)
+        embedded = _embeddings(graph)
         siblings = self._siblings(graph, embedded) if self.together and not self.force else {}
         for node in graph.walk(torch.ops.aten.linear.default):
             view = Annotations(node)
@@ -84,9 +85,8 @@ class SelectScheme(Pass):
             released = (
                 weight is not None and context.weights is not None and context.weights.is_released(weight)
             )
-            reason = self._ineligible(graph, node, weight, embedded)
-            if reason is None:
-                reason = self._no_kernel(graph, node, scheme)
+            obstacle = self._ineligible(graph, node, weight, embedded)
+            reason = obstacle.reason if obstacle is not None else self._no_kernel(graph, node, scheme)
             if reason is None and not self.force and not released:
                 reason = self._not_faster(graph, node, scheme, siblings.get(node, [node]))
             if reason is not None and released:
@@ -95,27 +95,28 @@ class SelectScheme(Pass):
                     "options={'release_weights': True}. Load the model again, or compile it as before."
                 )
             if reason is not None:
-                yield Decision.skipped(node, reason, fqn=fqn)
+                yield Decision.skipped(node, reason, fqn=fqn, details=obstacle.details if obstacle else None)
                 view.skip = reason
                 continue
             yield Decision.applied(node, f"scheme {scheme.name}", fqn=fqn)
             view.scheme, view.parameters = scheme.name, scheme.to_json()
 
     def _ineligible(
-        self, graph: CapturedGraph, node: Node, weight: Tensor | None, embedded: set[int]
-    ) -> str | None:
+        self, graph: CapturedGraph, node: Node, weight: Tensor | None, embedded: Mapping[int, list[str]]
+    ) -> Obstacle | None:
+        """Why a linear stays as it is whatever it would gain; None where it need not."""
         view = Annotations(node)
         if view.skip is not None:
-            return view.skip
+            return Obstacle(view.skip)
         if weight is None:
-            return "its weight is computed, not a parameter"
+            return Obstacle("its weight is computed, not a parameter", (operand(node, "weight").name,))
         reason = ineligible(view.fqn or "", view.role or OTHER, weight, self.ignore)
         if reason is None and id(weight) in embedded:
-            reason = "its weight is tied to an embedding"
+            return Obstacle("its weight is tied to an embedding", tuple(embedded[id(weight)]))
         x = graph.value(operand(node, "input"))
         if reason is None and x.dtype not in FLOATS:
             reason = f"its input is {x.dtype}, not a floating-point type that has kernels"
-        return reason
+        return Obstacle(reason) if reason is not None else None
 
     def _no_kernel(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> str | None:
         out_features, in_features = graph.value(operand(node, "weight")).shape
@@ -123,7 +124,7 @@ class SelectScheme(Pass):
         query = providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
         return no_kernel(query)
 
-    def _siblings(self, graph: CapturedGraph, embedded: set[int]) -> dict[Node, list[Node]]:
+    def _siblings(self, graph: CapturedGraph, embedded: Mapping[int, list[str]]) -> dict[Node, list[Node]]:
         """For each eligible linear those, itself among them, that read its value with its scheme."""
         found: dict[tuple[Node, QuantScheme], list[Node]] = defaultdict(list)
         for node in graph.walk(torch.ops.aten.linear.default):
@@ -152,12 +153,11 @@ class SelectScheme(Pass):
         )
 
 
-def _embedding_weights(graph: CapturedGraph) -> set[int]:
-    """ids of the parameters that an embedding reads."""
-    return {
-        id(tensor)
-        for node in graph.graph.nodes
-        if node.target in EMBEDDINGS
-        for source in node.all_input_nodes
-        if (tensor := graph.tensor(source)) is not None
-    }
+def _embeddings(graph: CapturedGraph) -> dict[int, list[str]]:
+    """Names of the nodes that look up rows of a parameter, by its id."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for node in graph.walk(*EMBEDDINGS):
+        for source in node.all_input_nodes:
+            if (tensor := graph.tensor(source)) is not None:
+                found[id(tensor)].append(node.name)
+    return found

@@ -22,7 +22,7 @@ from mixq_compile.ops.operands import (
     set_operands,
 )
 from mixq_compile.ops.traits import traits_of
-from mixq_compile.passes._obstacles import Obstacle, written_between
+from mixq_compile.passes._obstacles import UNLIKE, Obstacle, written_between
 from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
 from mixq_compile.scheme import QuantScheme
 
@@ -99,9 +99,11 @@ class ShareQuantize(Pass):
             for node in nodes:
                 groups[_policy_key(node)].append(node)
             if len(groups) > 1:
-                for members in groups.values():
-                    reason = "reads a value that others quantize with another scheme, policy or columns"
-                    yield Decision.skipped(members[0], reason, fqn=Annotations(members[0]).fqn)
+                for node, *_ in groups.values():
+                    others = [members[0] for members in groups.values() if members[0] is not node]
+                    found = Obstacle.of(f"reads a value that others quantize {UNLIKE}", others)
+                    fqn = Annotations(node).fqn
+                    yield Decision.skipped(node, found.reason, fqn=fqn, details=found.details)
             for first, *others in groups.values():
                 for other in others:
                     fqn = Annotations(other).fqn

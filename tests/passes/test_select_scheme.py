@@ -128,6 +128,17 @@ def test_reasons_of_linears_that_cannot_be_quantized(route: str) -> None:
     }
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_weight_that_something_else_makes_or_reads_names_it(route: str) -> None:
+    graph = captured(Odd(), route)
+    history = run(graph, f"{NAMED},select-scheme{{force=true}}")
+    blamed = {each.fqn: each.details.get("blamed") for each in decisions(history, "select-scheme")}
+    names = {node.name: node for node in graph.graph.nodes}
+    assert "mul" in str(names[blamed["scaled"][0]].target)
+    assert "embedding" in str(names[blamed["reader"][0]].target)
+    assert blamed["narrow"] is None, "nothing else is to blame for its size"
+
+
 class TestSpeed:
     """Decisions by what a provider says about its speed."""
 

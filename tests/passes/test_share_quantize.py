@@ -79,9 +79,13 @@ def test_another_scheme_is_not_shared_and_says_so(options: str) -> None:
     graph = shared("dynamo", Attention(), SHARED.replace("force=true", f"force=true {options}"))
     found = reasons(graph.history, "share-quantize")
     assert found["q_proj"].startswith("applied: shares the quantization of v_proj")
-    assert found["k_proj"] == (
-        "skipped: reads a value that others quantize with another scheme, policy or columns"
-    )
+    (kept,) = [each for each in decisions(graph.history, "share-quantize") if each.fqn == "k_proj"]
+    (blamed,) = kept.details["blamed"]
+    what = "reads a value that others quantize with another scheme, policy or columns"
+    assert kept.reason == f"{what}: {blamed}"
+    assert kept.verdict == "skipped"
+    quantizations = {node.name for node in nodes_of(graph, "quantize_online")}
+    assert blamed in quantizations - {kept.node}
 
 
 def test_other_calibrated_columns_are_not_shared() -> None:
