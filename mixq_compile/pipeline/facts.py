@@ -88,7 +88,10 @@ def undeclared(names: Collection[str]) -> list[str]:
 
 @fact("canonical-linears", "each linear is an aten.linear.default with a role, or says why it is none")
 def canonical_linears(graph: CapturedGraph) -> Breaches:
-    """Breached by a linear in another spelling, and by one without a role."""
+    """Breached by a captured linear in another spelling, and by one without a role.
+
+    A product that a pass wrote, and gave a role so that it is not taken for one of the model's, is none.
+    """
     for node in graph.graph.nodes:
         view = Annotations(node)
         if view.skip is not None or is_region(node):
@@ -96,7 +99,7 @@ def canonical_linears(graph: CapturedGraph) -> Breaches:
         if node.target is CANONICAL:
             if view.role is None:
                 yield node, "it is a linear, and has no role"
-        elif spelled_linear(graph, node) is not None:
+        elif (view.role is None or view.origin is None) and spelled_linear(graph, node) is not None:
             yield node, f"it is a linear, and spelled {target_name(node.target)}"
 
 

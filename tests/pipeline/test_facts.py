@@ -70,6 +70,7 @@ def spell_otherwise(graph: CapturedGraph) -> None:
     with graph.graph.inserting_before(node):
         turned = graph.call(aten.t.default, (node.args[1],), like=node)
         product = graph.call(aten.matmul.default, (node.args[0], turned), like=node)
+    Annotations(product).role = None
     graph.replace(node, product)
 
 
@@ -144,6 +145,19 @@ def test_a_pass_that_lies_is_caught(name: str, text: str, act: Act, layer: str, 
     assert "\n  node: " in message
     assert f"  layer: {layer}" in message, message
     assert caught.value.record.violations, "the record of the run must carry the findings"
+
+
+def test_a_product_that_a_pass_writes_is_no_linear_of_the_model() -> None:
+    """Such as the rotation of an input: it has a role, so that no later pass takes it for a linear."""
+
+    def rotate(graph: CapturedGraph) -> None:
+        node = first(graph, aten.linear.default)
+        rotation = graph.attach("rotation", torch.eye(graph.value(node.args[0]).shape[-1]))
+        with graph.graph.inserting_before(node):
+            turned = graph.call(aten.matmul.default, (node.args[0], rotation), like=node)
+        set_operands(node, input=turned)
+
+    run(NAMED, liar("canonical-linears", rotate))
 
 
 def test_a_whole_operator_is_no_mixed_linear() -> None:
