@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import fnmatch
 import itertools
 import math
 import re
@@ -18,6 +17,7 @@ from mixq_compile.ops.traits import traits_of
 from mixq_compile.pipeline.history import History
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.schemes.registry import get_scheme, scheme_names
+from mixq_compile.selection.eligibility import name_matches
 
 LINEAR = "aten.linear.default"
 SWAPPED = "mixq.linear.default"
@@ -105,11 +105,7 @@ def calibrated_columns(history: History) -> dict[str, list[int]]:
 
 def matching(fqns: Iterable[str], pattern: str) -> tuple[str, ...]:
     """The names that a pattern means: the name itself, one of its dotted parts, or a glob."""
-    return tuple(
-        fqn
-        for fqn in fqns
-        if fqn == pattern or pattern in fqn.split(".") or fnmatch.fnmatchcase(fqn, pattern)
-    )
+    return tuple(fqn for fqn in fqns if name_matches(fqn, pattern))
 
 
 def lies_in(fqn: str, pattern: str) -> bool:
