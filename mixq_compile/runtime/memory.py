@@ -10,6 +10,7 @@ from torch import Tensor
 from mixq_compile.errors import MixqError
 from mixq_compile.ir.free_memory import free_bytes
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.weights.recipe import nbytes
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,9 @@ def check(weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) 
     """Says what packing these weights keeps in memory; raises MixqError where it does not fit."""
     held = sum(weight.nbytes for weight, _ in weights)
     # A transposed weight has as many codes, and the scales of its columns are few beside them.
-    needed = sum(scheme.weight.nbytes(*weight.shape) for weight, scheme in weights)
+    needed = sum(
+        nbytes(scheme.recipe, weight.shape[0], weight.shape[1], weight.dtype) for weight, scheme in weights
+    )
     device = weights[0][0].device
     available = free_bytes(device)
     if available is not None and needed > available * (1 - RESERVE):

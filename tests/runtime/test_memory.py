@@ -32,7 +32,7 @@ def test_a_reserve_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_040_000)
     with pytest.raises(MixqError, match="packing 1 weights"):
         memory.check([(weight, scheme)], keeps_originals=True)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_060_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_080_000)
     memory.check([(weight, scheme)], keeps_originals=True)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 600_000)
     memory.check([(weight, get_scheme("w4a8o16"))], keeps_originals=True)
