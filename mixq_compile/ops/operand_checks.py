@@ -19,6 +19,7 @@ KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "fp32": (torch.float32,),
     "int32": (torch.int32,),
     "int8": (torch.int8,),
+    "bool": (torch.bool,),
     "codes": (torch.int8, torch.uint8),
     "any": (),
 }
@@ -199,7 +200,7 @@ PRODUCT = {
 }
 
 QUANTIZE = Operands("quantize", x="float * K", index="int32 C", column_slot="int32 K", count="int32 1+")
-QUANTIZE_ONLINE = Operands("quantize_online", x="float * K", **STATE)
+QUANTIZE_ONLINE = Operands("quantize_online", x="float * K", **STATE, row_mask="bool *")
 MIXED_GEMM = Operands("mixed_gemm", **{k: v for k, v in PRODUCT.items() if "scale" not in k and k != "bias"})
 DEQUANTIZE = Operands(
     "dequantize", x="float * _", accumulator="int32 * N", outlier_product="fp32 * N", scale="fp32 *",
