@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.formats import TensorFormat
+from mixq_compile.json_values import finite
 
 SCHEMA_VERSION = 2
 DEFAULT_THRESHOLD = 6.0
@@ -99,6 +100,14 @@ class WeightRecipe:
         low_rank = None if match["rank"] is None else LowRank(int(match["rank"]), weighting)
         return cls(TensorFormat.parse(match["format"]), match["solver"], low_rank, match["sums"] is not None)
 
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The parts of a packed weight, by the names that operators give them."""
+        names = ["weight_codes", "weight_scale"]
+        names += [] if self.format.signed else ["weight_zero"]
+        names += ["weight_sums"] if self.sums else []
+        return tuple(names if self.low_rank is None else [*names, "left", "right"])
+
 
 @dataclass(frozen=True)
 class OutlierPolicy:
@@ -141,8 +150,7 @@ class OutlierPolicy:
 
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON-able data; JSON has no infinity, so that a threshold of inf is a text."""
-        threshold = "inf" if math.isinf(self.threshold) else self.threshold
-        return {**dataclasses.asdict(self), "threshold": threshold}
+        return {**dataclasses.asdict(self), "threshold": finite(self.threshold)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> OutlierPolicy:

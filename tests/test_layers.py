@@ -22,18 +22,19 @@ def _layer(names: str, below: str) -> None:
     BELOW.update(dict.fromkeys(names.split(), allowed))
 
 
-_layer("version errors", "")
+_layer("version errors json_values", "")
 _layer("formats", "errors")
-_layer("scheme", "formats")
+_layer("scheme", "formats json_values")
 _layer("schemes", "scheme")
 _layer("weights", "scheme")
 _layer("ops", "weights version")
 _layer("kernels", "ops")
 _layer("ir", "ops")
 _layer("pipeline", "ir")
-_layer("passes", "pipeline schemes")
+_layer("selection", "ir schemes")
+_layer("passes", "pipeline selection")
 _layer("calibration evaluation area", "schemes ir")
-_layer("inspection", "pipeline")
+_layer("inspection", "pipeline selection")
 _layer("runtime", "passes calibration inspection")
 _layer("__init__", "runtime calibration version")
 _layer("benchmarking", "__init__ kernels evaluation area")
@@ -52,7 +53,7 @@ PRIVATE = {
     ),
     "torch._ops": ("ir/effects.py", "ir/verify.py"),
     # Dynamo writes torch.nn.functional.linear under its C name.
-    "torch._C": ("passes/canonicalize_linear.py", "runtime/torch_compat.py"),
+    "torch._C": ("ir/linear_spellings.py", "runtime/torch_compat.py"),
     "torch.utils._pytree": ("ir/verify.py", "ir/graph.py", "runtime/export.py"),
 }
 """Private modules of torch, and the only files that touch each; kernels are not looked at."""

@@ -52,8 +52,8 @@ def linear_cost(layer: LayerSummary, rows: int, device: DeviceFigures) -> dict[s
     before = _microseconds(operations / device.float_rate, moved, device)
     after, moved_after = before, moved
     if layer.scheme is not None:
-        choices = _quantized(layer, rows, device)
-        after, moved_after = min((_microseconds(seconds, moved, device), moved) for seconds, moved in choices)
+        ways = _quantized(layer, rows, device)
+        after, moved_after = min((_microseconds(seconds, size, device), size) for seconds, size in ways)
     return {
         "operations": operations,
         "bytes": {"before": moved, "after": moved_after},

@@ -5,7 +5,7 @@ Kernels read memory by these sizes, so that an operand of another shape or dtype
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,10 @@ class Operands:
             range(len(operands)), key=lambda at: (self._operands[at].leading, self._operands[at].halved)
         )
         self._fitting: set[tuple[object, ...]] = set()
+
+    def select(self, given: Mapping[str, Tensor | None]) -> list[Tensor | None]:
+        """The operands in their order, of what is given by name."""
+        return [given[operand.name] for operand in self._operands]
 
     def check(self, *tensors: Tensor | None) -> None:
         """Raises OperandError where these operands, in their order, do not fit. For real tensors."""

@@ -33,6 +33,13 @@ __all__ = [
 ]
 
 
+def aligned(codes: Tensor) -> Tensor:
+    """Codes `[N, bytes]` whose rows begin at multiples of 16 bytes: these, or a copy where they do not."""
+    if codes.stride(0) % ROW_ALIGNMENT == 0:
+        return codes
+    return aligned_empty((codes.shape[0],), codes.shape[1], codes.dtype, codes.device).copy_(codes)
+
+
 def weight_bits(weight_codes: Tensor) -> int:
     """8 for int8 codes, 4 for packed uint8 ones."""
     return 4 if weight_codes.dtype == torch.uint8 else 8

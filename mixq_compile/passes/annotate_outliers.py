@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -14,23 +14,7 @@ from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops.operands import operand
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
-
-
-def calibrated_columns(
-    stats: Any, fqn: str, scheme: QuantScheme, in_features: int
-) -> tuple[list[int], list[float]] | None:
-    """The outlier columns of a linear by its statistics, and their maxima; None where it has none.
-
-    With 8-bit activations the columns above the threshold, and at most as many as there are slots;
-    with 4-bit ones always as many, the largest first.
-    """
-    policy = scheme.outliers
-    found = stats.find(fqn)
-    if policy is None or scheme.activation is None or found is None:
-        return None
-    threshold = policy.threshold if scheme.activation.bits == 8 else None
-    columns = stats.outlier_columns(fqn, threshold=threshold, count=policy.capacity_for(in_features))
-    return columns, [float(found.absmax[column]) for column in columns]
+from mixq_compile.selection.columns import calibrated_columns
 
 
 @dataclass(frozen=True)

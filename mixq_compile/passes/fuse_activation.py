@@ -79,8 +79,8 @@ def _why_not_quantized(
     obstacle = obstacle or no_place_for_operands(QUANTIZED, quantized, {"x", "small_m"})
     if obstacle is not None:
         return obstacle
-    if any(operand(user, "small_m") for user in (linear, quantized, *readers)):
-        return Obstacle("calls with few rows need the value itself")
+    if few := [user for user in (linear, quantized, *readers) if operand(user, "small_m")]:
+        return Obstacle.of("with few rows these need the value itself", few)
     learns = quantized.target is mixq.quantize_online.default
     reason = why_only_reference(graph, linear, QUANTIZED)
     if reason is not None or activation not in QUANTIZING or not learns:

@@ -21,7 +21,7 @@ from mixq_compile.ops.operands import listed_operands, operand, operands, set_op
 from mixq_compile.ops.state_access import exclusive_access
 from mixq_compile.ops.traits import Traits, traits_of
 from mixq_compile.passes._kernel_queries import kernel_query
-from mixq_compile.passes._obstacles import Obstacle, written_between
+from mixq_compile.passes._obstacles import UNLIKE, Obstacle, written_between
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
@@ -111,18 +111,20 @@ class MergeSiblings(Pass):
                     weights = frozenset(product.rows("weight_codes") for product in members)
                     groups[members[0].node.target, weights].append(tuple(members))
                 elif len(products) > 1:
-                    other = "its siblings have another scheme, policy or columns"
-                    yield Decision.skipped(members[0].node, other, fqn=_fqn(members[0]))
+                    others = [each.node for each in products if each is not members[0]]
+                    found = Obstacle.of(f"it has siblings {UNLIKE}", others)
+                    node, fqn = members[0].node, _fqn(members[0])
+                    yield Decision.skipped(node, found.reason, fqn=fqn, details=found.details)
         for rounds in groups.values():
             family = Family(tuple(rounds))
-            first, others = family.products[0], [_fqn(product) for product in family.products[1:]]
+            first, siblings = family.products[0], [_fqn(product) for product in family.products[1:]]
             obstacle = self._why_not(graph, family)
             if obstacle is not None:
-                details = {"siblings": others, **obstacle.details}
+                details = {"siblings": siblings, **obstacle.details}
                 yield Decision.skipped(first.node, obstacle.reason, fqn=_fqn(first), details=details)
                 continue
             features = family.features(graph)
-            what = f"one product with {', '.join(others)}: {' + '.join(map(str, features))} outputs"
+            what = f"one product with {', '.join(siblings)}: {' + '.join(map(str, features))} outputs"
             yield Decision.applied(first.node, what, fqn=_fqn(first), details={"features": features})
             _merge(graph, family)
 
@@ -255,7 +257,8 @@ def _why_readers_refuse(graph: CapturedGraph, node: Node, part: Tensor) -> Obsta
         if not any(source in others for source in reader.all_input_nodes):
             continue
         if reader.op == "output":
-            return Obstacle("a result leaves the graph, and may be expected to be adjacent in memory")
+            what = "a result leaves the graph, and may be expected to be adjacent in memory"
+            return Obstacle.of(what, [source for source in reader.all_input_nodes if source in others])
         if is_in_place(reader) or is_region(reader):
             return Obstacle(
                 f"a result is read by {reader.name}, which may expect it to be adjacent in memory",

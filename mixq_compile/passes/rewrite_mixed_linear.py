@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mixq_compile.errors import PipelineError
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import row_count
@@ -18,13 +18,11 @@ from mixq_compile.ops import providers
 from mixq_compile.ops.operands import operand, operands
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.passes._mixed_linear import MixedLinear, write_weight_only
-from mixq_compile.pipeline import Decision, Pass, PassContext
+from mixq_compile.passes._obstacles import Obstacle
+from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
 from mixq_compile.scheme import QuantScheme
 
 COMPUTED = "its weight is computed, not a parameter: only parameters can be packed"
-NO_STORE = (
-    "rewrite-mixed-linear packs weights, and this run has no store for them: give PassContext a `weights`."
-)
 
 
 @dataclass(frozen=True)
@@ -48,25 +46,30 @@ class RewriteMixedLinear(Pass):
         for node in self._with_scheme(graph):
             linear = _Quantizable.of(graph, node)
             if linear is None:
-                yield Decision.skipped(node, COMPUTED, fqn=Annotations(node).fqn)
+                blamed = Obstacle(COMPUTED, (operand(node, "weight").name,))
+                yield Decision.skipped(node, COMPUTED, fqn=Annotations(node).fqn, details=blamed.details)
                 Annotations(node).skip = COMPUTED
             else:
                 chosen[node] = linear
-        if chosen and context.weights is None:
-            raise PipelineError(NO_STORE)
-        if chosen:
-            context.weights.prepare([(each.weight, each.scheme) for each in chosen.values()], self.originals)
+        if not chosen:
+            return
+        store = context.store(self)
+        store.prepare([(each.weight, each.scheme) for each in chosen.values()], self.originals)
         for node, linear in chosen.items():
             graph.current = node
             view, scheme = Annotations(node), linear.scheme
             small_m = self._small_m(graph, node, scheme)
             fixed, _ = row_count(graph.value(operand(node, "input")))
-            weight_only = scheme.activation is None or (fixed is not None and fixed <= small_m)
-            kind = "weight-only product" if weight_only else "quantize, mixed_gemm, dequantize"
+            few_rows = fixed is not None and fixed <= small_m
+            activation = None if few_rows else scheme.activation
+            kind = "weight-only product" if activation is None else "quantize, mixed_gemm, dequantize"
             yield Decision.applied(node, f"{scheme.name}: {kind}", fqn=view.fqn)
-            rewriter = _Rewriter(graph, context, node, linear, self.originals)
+            rewriter = _Rewriter(graph, store, node, linear, self.originals)
             with graph.graph.inserting_before(node):
-                result = rewriter.weight_only() if weight_only else rewriter.mixed(small_m)
+                if activation is None:
+                    result = rewriter.weight_only()
+                else:
+                    result = rewriter.mixed(activation, small_m)
             graph.replace(node, result)
 
     def _with_scheme(self, graph: CapturedGraph) -> list[Node]:
@@ -108,26 +111,26 @@ class _Rewriter:
     def __init__(
         self,
         graph: CapturedGraph,
-        context: PassContext,
+        store: WeightProvider,
         node: Node,
         linear: _Quantizable,
         originals: bool,
     ) -> None:
         parameter, tensor, scheme = linear.parameter, linear.weight, linear.scheme
-        self.graph, self.context, self.node, self.scheme = graph, context, node, scheme
+        self.graph, self.store, self.node, self.scheme = graph, store, node, scheme
         self.view = Annotations(node)
         given = operands(node)
         self.x, self.weight_matrix, self.bias = given["input"], given["weight"], given["bias"]
         self.tensor = tensor
         self.view.readers = [parameter.name]
-        self.packed = context.weights.pack(
+        self.packed = store.pack(
             tensor,
             scheme,
             dtype=graph.value(self.x).dtype,
             transposed=parameter is not self.weight_matrix,
         )
         self.stem = graph.parameter_name(parameter)
-        self.originals = originals and not context.weights.is_released(tensor)
+        self.originals = originals and not store.is_released(tensor)
 
     def _attach(self, what: str, tensor: Tensor) -> Node:
         return self.graph.attach(f"{self.stem}.{what}", tensor)
@@ -146,14 +149,11 @@ class _Rewriter:
     def weight_only(self) -> Node:
         return write_weight_only(self._codes(), self._write)
 
-    def mixed(self, small_m: int) -> Node:
+    def mixed(self, activation: TensorFormat, small_m: int) -> Node:
         packed, scheme, view = self.packed, self.scheme, self.view
-        assert scheme.activation is not None  # else it is weight-only
         in_features = self.graph.value(self.weight_matrix).shape[1]
-        state = self.context.weights.state(
-            [self.tensor], scheme, in_features, view.outlier_columns, view.absmax
-        )
-        self.context.weights.fill(packed, self.tensor, state)
+        state = self.store.state([self.tensor], scheme, in_features, view.outlier_columns, view.absmax)
+        self.store.fill(packed, self.tensor, state)
         buffers = zip(STATE_FIELDS, state.buffers(), strict=True)
         given = self._codes()
         given |= {name: self._attach(name, buffer) for name, buffer in buffers}
@@ -162,7 +162,7 @@ class _Rewriter:
         given["original"] = self._original()
         parts = MixedLinear(
             operands=given,
-            format=str(scheme.activation),
+            format=str(activation),
             policy=scheme.to_json()["outliers"],
             columns=view.outlier_columns,
             small_m=small_m,

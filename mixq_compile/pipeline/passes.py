@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 from torch.fx import Node
 
+from mixq_compile.errors import PipelineError
 from mixq_compile.ir.annotations import Annotations, as_json
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.names import location, module_fqn
@@ -117,11 +118,18 @@ class PassContext:
 
     stats: Any = None
     """Calibration statistics, or None."""
-    weights: Any = None
-    """The `WeightProvider`, or None where the pipeline packs nothing."""
-    device: str = "cpu"
-    """The device that kernels are chosen for."""
+    weights: WeightProvider | None = None
+    """None where the pipeline packs nothing."""
     fuel: Fuel = field(default_factory=Fuel)
+
+    def store(self, step: Pass) -> WeightProvider:
+        """The store of packed weights, for a pass that needs it. Raises PipelineError where there is none."""
+        if self.weights is None:
+            raise PipelineError(
+                f"{step.name} needs a store of packed weights and outlier states, and this run has no store "
+                "for them: give PassContext a `weights`."
+            )
+        return self.weights
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mixq_compile import ops
 from mixq_compile.formats import TensorFormat
+from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.scheme import WeightRecipe
@@ -197,12 +198,21 @@ def _quantized_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def recipe_of(shape: Shape, activation_bits: int) -> LinearRecipe:
+    """What `mixq::linear` computes on tensors of this shape; 16 bits are weight-only."""
+    return LinearRecipe(
+        weight=WeightRecipe(TensorFormat(shape.weight_bits)),
+        activation=None if activation_bits == 16 else TensorFormat(activation_bits),
+        miss=shape.miss,
+        threshold=6.0,
+        batch_invariant=True,
+    )
+
+
 def _linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
-    bits = 16 if shape.small_m else shape.activation_bits
-    return (
-        t.x, t.codes, t.scale, t.bias, *t.state.buffers(), t.cached_index, t.outlier_weight, t.original,
-        bits, True, f"{shape.miss} 6.0",
-    )  # fmt: skip
+    recipe = recipe_of(shape, 16 if shape.small_m else shape.activation_bits)
+    lists = [t.codes, t.scale, t.original], list(t.state.buffers()), [t.cached_index, t.outlier_weight]
+    return t.x, t.bias, *lists, None, str(recipe)
 
 
 ARGUMENTS: dict[str, Callable[[Tensors, Shape], tuple[Any, ...]]] = {

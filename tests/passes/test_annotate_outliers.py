@@ -11,9 +11,9 @@ from rewriting import NAMED, decisions, reasons, run
 from mixq_compile.errors import StatisticsError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.passes.annotate_outliers import calibrated_columns
 from mixq_compile.pipeline import PassError
 from mixq_compile.schemes.registry import get_scheme
+from mixq_compile.selection.columns import calibrated_columns
 
 MAXIMA = {
     "attn.q_proj": {3: 9.0, 40: 30.0},

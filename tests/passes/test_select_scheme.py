@@ -14,10 +14,11 @@ from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
 from mixq_compile.ops.providers import KernelQuery, Provider
-from mixq_compile.passes.select_scheme import SelectScheme, name_matches
+from mixq_compile.passes.select_scheme import SelectScheme
 from mixq_compile.pipeline import PassError
 from mixq_compile.runtime.weight_store import WeightStore
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.selection.eligibility import name_matches
 
 
 def select(
@@ -125,6 +126,17 @@ def test_reasons_of_linears_that_cannot_be_quantized(route: str) -> None:
         "gate": "skipped: a router, or a product that no linear module owns",
         "reader": "skipped: its weight is tied to an embedding",
     }
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_weight_that_something_else_makes_or_reads_names_it(route: str) -> None:
+    graph = captured(Odd(), route)
+    history = run(graph, f"{NAMED},select-scheme{{force=true}}")
+    blamed = {each.fqn: each.details.get("blamed") for each in decisions(history, "select-scheme")}
+    names = {node.name: node for node in graph.graph.nodes}
+    assert "mul" in str(names[blamed["scaled"][0]].target)
+    assert "embedding" in str(names[blamed["reader"][0]].target)
+    assert blamed["narrow"] is None, "nothing else is to blame for its size"
 
 
 class TestSpeed:
