@@ -37,8 +37,8 @@ _layer("calibration evaluation area", "schemes ir")
 _layer("inspection", "pipeline selection")
 _layer("runtime", "passes calibration inspection")
 _layer("__init__", "runtime calibration version")
-_layer("benchmarking", "__init__ kernels evaluation")
-_layer("cli", "__init__ kernels evaluation inspection area benchmarking")
+_layer("benchmarking", "__init__ kernels evaluation area")
+_layer("cli", "inspection benchmarking")
 
 PRIVATE = {
     "torch._dynamo": ("runtime/torch_compat.py",),
