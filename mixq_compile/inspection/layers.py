@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mixq_compile.formats import BITS, TensorFormat
 from mixq_compile.ir.linears import features_of
 from mixq_compile.ir.snapshot import NodeRow
 from mixq_compile.ops.traits import traits_of
 from mixq_compile.pipeline.history import History
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 from mixq_compile.selection.eligibility import name_matches
 
 LINEAR = "aten.linear.default"
@@ -209,24 +211,23 @@ def _why_left(row: NodeRow) -> str:
 
 
 def _swapped(row: NodeRow, values: Mapping[str, str], product: NodeRow | None) -> LayerSummary:
-    """The summary of a linear whose module was swapped before the capture; its scheme is in its tensors."""
+    """The summary of a linear whose module was swapped before the capture; its tensors tell its formats."""
     dtype, bits, shape = _operand_sizes(row, values, "x")
-    code_type, _, codes = _operand_sizes(row, values, "weight_codes")
+    _, _, codes = _operand_sizes(row, values, "weight_codes")
     in_features, out_features = (shape[-1] if shape else 0), (codes[0] if codes else 0)
-    weight_bits = 4 if code_type == "uint8" else 8
+    weight_bits = _bits_of_codes(codes, in_features)
     given = row.operands.get("activation_bits", "")
     activation_bits = int(given) if given.isdigit() else bits
     # The index has an item for each slot; without outliers it is empty.
     _, _, slots = _operand_sizes(row, values, "index")
     capacity = slots[0] if slots else 0
-    marks = f"w{weight_bits}a{activation_bits}{'o16' if capacity and activation_bits < bits else ''}"
     return LayerSummary(
         fqn=row.fqn,
         role=row.annotations.get("role") or "other",
         out_features=out_features,
         in_features=in_features,
         dtype=dtype,
-        scheme=marks,
+        scheme=_schemes_with(weight_bits, activation_bits, capacity > 0),
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         kernel=product.annotations.get("kernel") if product is not None else None,
@@ -236,6 +237,33 @@ def _swapped(row: NodeRow, values: Mapping[str, str], product: NodeRow | None) -
         bytes_after=packed_bytes(out_features, in_features, weight_bits, capacity, bits),
         capacity=capacity,
     )
+
+
+def _bits_of_codes(codes: Sequence[int], in_features: int) -> int:
+    """Bits of a weight's codes, from the shape of their bytes; 8 where the capture does not tell."""
+    fits = (bits for bits in BITS if TensorFormat(bits).codes_shape(codes[0], in_features) == tuple(codes))
+    return max(fits, default=8) if codes else 8
+
+
+def _schemes_with(weight_bits: int, activation_bits: int, outliers: bool) -> str:
+    """The names of the schemes with these formats; the formats themselves where none has them.
+
+    A graph does not say by which of them a module was swapped.
+    """
+    names = []
+    for name in scheme_names():
+        scheme = get_scheme(name)
+        bits = scheme.activation.bits if scheme.activation is not None else 16
+        if (scheme.weight.bits, bits, scheme.outliers is not None) == (
+            weight_bits,
+            activation_bits,
+            outliers,
+        ):
+            names.append(name)
+    formats = (
+        f"{weight_bits}-bit weights, {activation_bits}-bit activations{', outliers' if outliers else ''}"
+    )
+    return " or ".join(names) or formats
 
 
 def packed_bytes(out_features: int, in_features: int, bits: int, capacity: int, float_bits: int) -> int:
