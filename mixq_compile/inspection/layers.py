@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import re
@@ -9,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixq_compile.formats import BITS, TensorFormat
 from mixq_compile.ir.linears import features_of
 from mixq_compile.ir.snapshot import NodeRow
+from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.traits import traits_of
 from mixq_compile.pipeline.history import History
 from mixq_compile.scheme import QuantScheme
@@ -211,58 +212,42 @@ def _why_left(row: NodeRow) -> str:
 
 
 def _swapped(row: NodeRow, values: Mapping[str, str], product: NodeRow | None) -> LayerSummary:
-    """The summary of a linear whose module was swapped before the capture; its tensors tell its formats."""
+    """The summary of a linear whose module was swapped before the capture; its recipe says its formats."""
     dtype, bits, shape = _operand_sizes(row, values, "x")
-    _, _, codes = _operand_sizes(row, values, "weight_codes")
-    in_features, out_features = (shape[-1] if shape else 0), (codes[0] if codes else 0)
-    weight_bits = _bits_of_codes(codes, in_features)
-    given = row.operands.get("activation_bits", "")
-    activation_bits = int(given) if given.isdigit() else bits
-    # The index has an item for each slot; without outliers it is empty.
-    _, _, slots = _operand_sizes(row, values, "index")
-    capacity = slots[0] if slots else 0
+    recipe = LinearRecipe.parse(ast.literal_eval(row.operands["recipe"]))
+    lists = [row.operands[name].strip("[]").split(", ") for name in ("weight", "state", "cache")]
+    parts = {
+        name: sizes(values.get(text.removeprefix("%"), ""))[2] for name, text in recipe.named(*lists).items()
+    }
+    in_features, out_features = (shape[-1] if shape else 0), parts["weight_codes"][0]
+    capacity = parts["index"][0]
     return LayerSummary(
         fqn=row.fqn,
         role=row.annotations.get("role") or "other",
         out_features=out_features,
         in_features=in_features,
         dtype=dtype,
-        scheme=_schemes_with(weight_bits, activation_bits, capacity > 0),
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
+        scheme=_name_of(recipe, capacity),
+        weight_bits=recipe.weight.format.bits,
+        activation_bits=recipe.activation.bits if recipe.activation is not None else bits,
         kernel=product.annotations.get("kernel") if product is not None else None,
         skip=None,
         where=row.where,
         bytes_before=out_features * in_features * bits // 8,
-        bytes_after=packed_bytes(out_features, in_features, weight_bits, capacity, bits),
+        bytes_after=packed_bytes(out_features, in_features, recipe.weight.format.bits, capacity, bits),
         capacity=capacity,
     )
 
 
-def _bits_of_codes(codes: Sequence[int], in_features: int) -> int:
-    """Bits of a weight's codes, from the shape of their bytes; 8 where the capture does not tell."""
-    fits = (bits for bits in BITS if TensorFormat(bits).codes_shape(codes[0], in_features) == tuple(codes))
-    return max(fits, default=8) if codes else 8
-
-
-def _schemes_with(weight_bits: int, activation_bits: int, outliers: bool) -> str:
-    """The names of the schemes with these formats; the formats themselves where none has them.
-
-    A graph does not say by which of them a module was swapped.
-    """
-    names = []
-    for name in scheme_names():
-        scheme = get_scheme(name)
-        bits = scheme.activation.bits if scheme.activation is not None else 16
-        if (scheme.weight.bits, bits, scheme.outliers is not None) == (
-            weight_bits,
-            activation_bits,
-            outliers,
-        ):
-            names.append(name)
-    formats = (
-        f"{weight_bits}-bit weights, {activation_bits}-bit activations{', outliers' if outliers else ''}"
-    )
+def _name_of(recipe: LinearRecipe, capacity: int) -> str:
+    """Every scheme with these formats and, where there are slots, outlier columns; else the formats."""
+    wanted = recipe.weight, recipe.activation, capacity > 0
+    names = [
+        scheme.name
+        for scheme in map(get_scheme, scheme_names())
+        if (scheme.recipe, scheme.activation, scheme.outliers is not None) == wanted
+    ]
+    formats = f"{recipe.weight} x {recipe.activation}" if recipe.activation else str(recipe.weight)
     return " or ".join(names) or formats
 
 

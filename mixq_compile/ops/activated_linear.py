@@ -8,11 +8,11 @@ from torch import Tensor
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_functions import ACTIVATED, check_function
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.providers import ANY_ACTIVATION, run
 from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
-from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.ops.weight_codes import format_name
 
 _LINEAR = operand_checks.Operands("activated_linear", x="float * _", **operand_checks.PRODUCT)
 _READ_LINEAR = operand_checks.Operands("activated_linear", x="float * K", **operand_checks.PRODUCT)
@@ -54,7 +54,7 @@ def activated_linear(
     check_function(function, ACTIVATED)
     _check_halves(weight_codes, gated)
     return run(  # type: ignore[no-any-return]
-        "activated_linear", kernel, x, weight_bits(weight_codes),
+        "activated_linear", kernel, x, format_name(weight_codes), ANY_ACTIVATION,
         x, codes, scale, outliers, count, weight_codes, weight_scale, STATES.cache(outlier_weight), bias,
         function, gated, small_m,
     )  # fmt: skip

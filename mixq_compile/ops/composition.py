@@ -7,7 +7,7 @@ thing:
 
 - `x`, and of the weight `weight_codes`, `weight_scale`, `outlier_weight`, `bias`, `cached_index`, `original`;
 - the buffers of the outlier state, by STATE_FIELDS;
-- `bits` of the activation's codes, `miss` (the policy's answer to an unknown column), `small_m`, `kernel`.
+- `format` of the activation's codes, `miss` (the policy's answer to an unknown column), `small_m`, `kernel`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mixq_compile.ops.quantize_online import quantize_online
 from mixq_compile.ops.refresh_outlier_weights import refresh_outlier_weights
 from mixq_compile.ops.shared_declarations import QUANTIZED
 from mixq_compile.ops.traits import Traits, traits_of
-from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.ops.weight_codes import format_name
 from mixq_compile.ops.weight_only_linear import weight_only_linear
 
 STATIC = "static"
@@ -78,8 +78,9 @@ def run_kernel(step: Step, given: Mapping[str, Any]) -> Any:
     *arguments, kernel = step.signature.pick(given)
     source = given[step.traits.source]
     tensor = source[0] if isinstance(source, list) else source
-    bits = weight_bits(given["weight_codes"]) if step.traits.product else 8
-    return providers.run(step.traits.name, kernel, tensor, bits, *arguments)
+    weight = format_name(given["weight_codes"]) if step.traits.product else providers.ANY_WEIGHT
+    activation = given["format"] if step.traits.quantizes else providers.ANY_ACTIVATION
+    return providers.run(step.traits.name, kernel, tensor, weight, activation, *arguments)
 
 
 def check_taken(names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.providers import ANY_ACTIVATION, ANY_WEIGHT, run
 from mixq_compile.ops.shared_declarations import LAYOUT
 from mixq_compile.ops.traits import declare
 
@@ -26,7 +26,7 @@ def dequantize(
     """`accumulator * scale * weight_scale + outlier_product + bias`, in fp32, rounded once to x's dtype."""
     operand_checks.DEQUANTIZE.check(x, accumulator, outlier_product, scale, weight_scale, bias)
     return run(  # type: ignore[no-any-return]
-        "dequantize", kernel, x, 8,
+        "dequantize", kernel, x, ANY_WEIGHT, ANY_ACTIVATION,
         x, accumulator, outlier_product, scale, weight_scale, bias,
     )  # fmt: skip
 

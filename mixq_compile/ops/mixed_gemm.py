@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.providers import ANY_ACTIVATION, run
 from mixq_compile.ops.shared_declarations import LAYOUT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
-from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.ops.weight_codes import format_name
 
 
 @torch.library.custom_op("mixq::mixed_gemm", mutates_args=(), tags=LAYOUT)
@@ -27,7 +27,7 @@ def mixed_gemm(
     """The integer product int32 `[..., N]` and the outlier product fp32 `[..., N]`, not yet joined."""
     operand_checks.MIXED_GEMM.check(codes, outliers, count, weight_codes, outlier_weight)
     return run(  # type: ignore[no-any-return]
-        "mixed_gemm", kernel, outliers, weight_bits(weight_codes),
+        "mixed_gemm", kernel, outliers, format_name(weight_codes), ANY_ACTIVATION,
         codes, outliers, count, weight_codes, STATES.cache(outlier_weight),
     )  # fmt: skip
 

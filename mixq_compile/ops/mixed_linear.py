@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.providers import ANY_ACTIVATION, run
 from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
-from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.ops.weight_codes import format_name
 
 
 @torch.library.custom_op("mixq::mixed_linear", mutates_args=(), tags=LAYOUT)
@@ -35,7 +35,7 @@ def mixed_linear(
         x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias
     )
     return run(  # type: ignore[no-any-return]
-        "mixed_linear", kernel, x, weight_bits(weight_codes),
+        "mixed_linear", kernel, x, format_name(weight_codes), ANY_ACTIVATION,
         x, codes, scale, outliers, count, weight_codes, weight_scale, STATES.cache(outlier_weight), bias,
         small_m,
     )  # fmt: skip

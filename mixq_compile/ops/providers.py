@@ -20,10 +20,13 @@ import torch
 
 from mixq_compile.errors import KernelError, unknown_name
 from mixq_compile.formats import INT8, TensorFormat
+from mixq_compile.ops.activation_codes import code_bits
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+ANY_WEIGHT = ANY_ACTIVATION = str(INT8)
+"""What `run` is told where an operator takes no codes of that kind, or where their format is all one."""
 _KERNELS_FOLDER = Path(__file__).parent.parent / "kernels"
 _KERNELS = f"{__name__.split('.', maxsplit=1)[0]}.{_KERNELS_FOLDER.name}"
 """Where providers lie; they are found by being there, whichever there are."""
@@ -168,18 +171,24 @@ def named(op: str, name: str) -> Provider:
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(op: str, device: torch.device, dtype: torch.dtype, weight_bits: int) -> Callable[..., Any]:
+def _chosen(
+    op: str, device: torch.device, dtype: torch.dtype, weight: str, activation: str
+) -> Callable[..., Any]:
     """The function that `choose` chooses; in every call, where a query costs microseconds to hash."""
-    return choose(KernelQuery(op, device, dtype, TensorFormat(weight_bits))).function
+    code_bits(activation)
+    query = KernelQuery(op, device, dtype, TensorFormat.parse(weight), TensorFormat.parse(activation))
+    return choose(query).function
 
 
-def run(op: str, kernel: str, x: torch.Tensor, weight_bits: int, *arguments: Any) -> Any:
+def run(op: str, kernel: str, x: torch.Tensor, weight: str, activation: str, *arguments: Any) -> Any:
     """Calls the chosen provider (`kernel` is its name or `"auto"`) with the operator's arguments.
 
-    `x` is a tensor whose device and dtype decide under `"auto"`.
+    `x` is a tensor whose device and dtype decide under `"auto"`, and with them `weight` and `activation`, the
+    texts of the formats of the codes that are read and written.
     """
     if kernel == AUTO:
-        return _chosen(op, x.device, x.dtype, weight_bits)(*arguments)
+        return _chosen(op, x.device, x.dtype, weight, activation)(*arguments)
+    code_bits(activation)
     return named(op, kernel).function(*arguments)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
+from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.outlier_state import STATE_FIELDS
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.providers import ANY_WEIGHT, run
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, quantized_like
 from mixq_compile.ops.traits import declare
 
@@ -22,7 +23,7 @@ def quantize_online(
     column_max: Tensor,
     counters: Tensor,
     effective_threshold: Tensor,
-    bits: int,
+    format: str,
     miss: str,
     small_m: int,
     kernel: str,
@@ -34,8 +35,8 @@ def quantize_online(
     """
     operand_checks.QUANTIZE_ONLINE.check(x, index, column_slot, column_max, counters, effective_threshold)
     return run(  # type: ignore[no-any-return]
-        "quantize_online", kernel, x, 8,
-        x, index, column_slot, column_max, counters, effective_threshold, bits, miss, small_m,
+        "quantize_online", kernel, x, ANY_WEIGHT, format,
+        x, index, column_slot, column_max, counters, effective_threshold, format, miss, small_m,
     )  # fmt: skip
 
 
@@ -47,8 +48,10 @@ def _(
     column_max: Tensor,
     counters: Tensor,
     effective_threshold: Tensor,
+    format: str,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    code_bits(format)
     operand_checks.QUANTIZE_ONLINE.examine(x, index, column_slot, column_max, counters, effective_threshold)
     return *quantized_like(x, index.shape[0]), index.new_empty(1)
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
+from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.activation_functions import QUANTIZING, check_function
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import run
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, WEIGHT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
-from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits
+from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, format_name
 
 
 @torch.library.custom_op("mixq::quantized_linear", mutates_args=STATE_FIELDS, tags=LAYOUT)
@@ -33,14 +34,14 @@ def quantized_linear(
     outlier_weight: Tensor,
     bias: Tensor | None,
     activation: str,
-    bits: int,
+    format: str,
     miss: str,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `quantize_online` returns for `activation(mixed_linear(…))`, whose values never reach memory.
 
     codes `[..., K]` to outlier_weight `[N, C]` are the linear's operands, as `mixed_linear` takes them; the
-    state, bits and miss policy are those of the value `[..., N]`. Its outliers have the dtype of the
+    state, format and miss policy are those of the value `[..., N]`. Its outliers have the dtype of the
     linear's. Kernels need not round the value to that dtype before quantizing it.
     """
     operand_checks.QUANTIZED_LINEAR.check(
@@ -49,9 +50,9 @@ def quantized_linear(
     )  # fmt: skip
     check_function(activation, QUANTIZING)
     return run(  # type: ignore[no-any-return]
-        "quantized_linear", kernel, outliers, weight_bits(weight_codes),
+        "quantized_linear", kernel, outliers, format_name(weight_codes), format,
         codes, index, column_slot, column_max, counters, effective_threshold, scale, outliers, count,
-        weight_codes, weight_scale, STATES.cache(outlier_weight), bias, activation, bits, miss,
+        weight_codes, weight_scale, STATES.cache(outlier_weight), bias, activation, format, miss,
     )  # fmt: skip
 
 
@@ -67,11 +68,17 @@ def _(
     outliers: Tensor,
     count: Tensor,
     weight_codes: Tensor,
+    weight_scale: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    format: str,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    code_bits(format)
     operand_checks.QUANTIZED_LINEAR.examine(
         codes, index, column_slot, column_max, counters, effective_threshold, scale, outliers, count,
-        weight_codes, *others[:3],
+        weight_codes, weight_scale, outlier_weight, bias,
     )  # fmt: skip
     leading, features = codes.shape[:-1], weight_codes.shape[0]
     padded = (features + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT

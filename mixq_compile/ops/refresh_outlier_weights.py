@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.providers import ANY_ACTIVATION, ANY_WEIGHT, run
 from mixq_compile.ops.shared_declarations import LAYOUT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
@@ -46,7 +46,7 @@ def refresh_outlier_weights(
             for each in _readers(cached_index, held, weight_codes, weight_scale, original):
                 operand_checks.REFRESH.check(codes, index, count, *each)
             run(
-                "refresh_outlier_weights", kernel, outlier_weight[0], 8,
+                "refresh_outlier_weights", kernel, outlier_weight[0], ANY_WEIGHT, ANY_ACTIVATION,
                 codes, index, count, cached_index, held, weight_codes, weight_scale, original, small_m,
             )  # fmt: skip
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.providers import ANY_ACTIVATION, run
 from mixq_compile.ops.shared_declarations import LAYOUT
 from mixq_compile.ops.traits import declare
-from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.ops.weight_codes import format_name
 
 
 @torch.library.custom_op("mixq::weight_only_linear", mutates_args=(), tags=LAYOUT)
@@ -25,7 +25,7 @@ def weight_only_linear(
     """`x · (weight_codes * weight_scale)ᵀ + bias` with x in 16 or 32 bit: `[..., K] -> [..., N]`."""
     operand_checks.WEIGHT_ONLY.check(x, weight_codes, weight_scale, bias)
     return run(  # type: ignore[no-any-return]
-        "weight_only_linear", kernel, x, weight_bits(weight_codes),
+        "weight_only_linear", kernel, x, format_name(weight_codes), ANY_ACTIVATION,
         x, weight_codes, weight_scale, bias,
     )  # fmt: skip
 

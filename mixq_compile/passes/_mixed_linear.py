@@ -23,8 +23,8 @@ class MixedLinear:
 
     operands: Mapping[str, Node | None]
     """x, the weight's and the state's, by the names that `ops.composition` lists."""
-    bits: int
-    """Of the activation's codes."""
+    format: str
+    """Of the activation's codes, as text."""
     policy: dict[str, Any] | None
     """The outlier policy as JSON; None: no outlier columns are kept."""
     columns: list[int] | None
@@ -47,7 +47,7 @@ class MixedLinear:
         composition.check_taken(self.operands)
         given: composition.Given = {
             **self.operands,
-            "bits": self.bits,
+            "format": self.format,
             "small_m": self.small_m,
             "kernel": AUTO,
         }

@@ -162,7 +162,7 @@ class _Rewriter:
         given["original"] = self._original()
         parts = MixedLinear(
             operands=given,
-            bits=activation.bits,
+            format=str(activation),
             policy=scheme.to_json()["outliers"],
             columns=view.outlier_columns,
             small_m=small_m,

@@ -47,6 +47,8 @@ def _policy_key(node: Node) -> str:
 
 def _take_smaller_small_m(first: Node, other: Node) -> None:
     """Lets both quantize from the fewer rows on: one of them would be left without codes otherwise."""
+    if SMALL_M not in operands(first):
+        return
     smaller = min(operand(first, SMALL_M), operand(other, SMALL_M))
     for node in (first, _refresh_of(first)):
         if node is not None:

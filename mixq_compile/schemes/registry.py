@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from mixq_compile.errors import unknown_name
+from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.scheme import QuantScheme
 
 ALIASES = {"eetq": "w8a16"}
@@ -30,11 +30,20 @@ def accepted_names() -> tuple[str, ...]:
 
 
 def get_scheme(name: str | QuantScheme) -> QuantScheme:
-    """The scheme of this name or alias. Raises OptionError that lists the valid names."""
+    """The scheme of this name or alias, or the one given.
+
+    Raises OptionError that lists the valid names, or where the scheme asks for what no module computes yet.
+    """
     if isinstance(name, QuantScheme):
-        return name
-    name = ALIASES.get(name, name)
-    if name not in scheme_names():
-        raise unknown_name("scheme", name, accepted_names())
-    scheme: QuantScheme = importlib.import_module(f"{_PACKAGE}.{name}").SCHEME
+        scheme = name
+    else:
+        name = ALIASES.get(name, name)
+        if name not in scheme_names():
+            raise unknown_name("scheme", name, accepted_names())
+        scheme = importlib.import_module(f"{_PACKAGE}.{name}").SCHEME
+    if scheme.low_rank is not None:
+        raise OptionError(
+            f"scheme {scheme.name!r} keeps a low-rank part of the rounding error, of rank "
+            f"{scheme.low_rank.rank}, which no quantized linear computes yet: leave low_rank out."
+        )
     return scheme

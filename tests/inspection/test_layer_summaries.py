@@ -131,12 +131,13 @@ def test_a_swapped_linear_without_bias_counts_as_one_with_it(scheme: str) -> Non
     )
     history = Pipeline.parse("strip-guards,expand-linear").run(graph, PassContext(weights=STORE))
     biased, plain = layers_of(history)
+    assert (biased.scheme, plain.scheme) == (scheme, scheme)
     figures = ("out_features", "in_features", "capacity", "activation_bits", "weight_bits", "bytes_after")
     for figure in figures:
         assert getattr(plain, figure) == getattr(biased, figure), figure
     assert (plain.out_features, plain.in_features) == (32, 64)
     assert plain.capacity == (16 if "o16" in scheme else 0)
-    assert plain.activation_bits == {"w8a8o16": 8, "w4a4o16": 4, "w8a8": 8, "w8a16": 16}[scheme]
+    assert plain.activation_bits == {"w8a8o16": 8, "w4a4o16": 4, "w8a8": 8, "w8a16": 32}[scheme]
     assert plain.weight_bits == (4 if scheme == "w4a4o16" else 8)
     assert plain.scheme == scheme
 
@@ -157,7 +158,7 @@ def test_of_a_swapped_linear_every_scheme_that_it_may_have_is_named(monkeypatch:
 
 def test_formats_that_no_scheme_has_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "scheme_names", lambda: ("w8a16",))
-    assert {layer.scheme for layer in swapped_layers()} == {"8-bit weights, 8-bit activations, outliers"}
+    assert {layer.scheme for layer in swapped_layers()} == {"int8 absmax x int8"}
 
 
 SPELLINGS = {

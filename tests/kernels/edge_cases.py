@@ -238,7 +238,7 @@ def learn(case: OnlineCase, kernel: str, miss: str, device: torch.device | str) 
         if place == case.freeze_before_call:
             state.freeze()
         there = moved(x, device)
-        outputs = ops.quantize_online(there, *state.buffers(), case.bits, miss, 0, kernel)
+        outputs = ops.quantize_online(there, *state.buffers(), f"int{case.bits}", miss, 0, kernel)
         assert torch.equal(there.cpu().nan_to_num(), x.nan_to_num()), "the input was changed"
         result = dict(zip(("codes", "scale", "outliers", "used"), outputs, strict=True))
         result |= dict(zip(STATE_FIELDS, state.buffers(), strict=True))
@@ -254,7 +254,7 @@ def quantize_fixed(case: OnlineCase, kernel: str, device: torch.device | str) ->
     for x in case.inputs:
         for used in (state, empty):
             outputs = ops.quantize(
-                moved(x, device), used.index, used.column_slot, used.counters, case.bits, 0, kernel
+                moved(x, device), used.index, used.column_slot, used.counters, f"int{case.bits}", 0, kernel
             )
             names = ("codes", "scale", "outliers")
             seen.append({name: value.cpu() for name, value in zip(names, outputs, strict=True)})
@@ -357,7 +357,7 @@ def product(tensors: Linear, kernel: str, small_m: int = 0, bits: int = 8) -> Te
     """The linear through a provider's quantize, refresh and mixed_linear."""
     state = tensors.state
     codes, scale, outliers = ops.quantize(
-        tensors.x, state.index, state.column_slot, state.counters, bits, small_m, kernel
+        tensors.x, state.index, state.column_slot, state.counters, f"int{bits}", small_m, kernel
     )
     if state.capacity:
         refresh(tensors, kernel, small_m)
@@ -373,7 +373,7 @@ def activated_product(
     """The linear with an activation function, through a provider."""
     state = tensors.state
     codes, scale, outliers = ops.quantize(
-        tensors.x, state.index, state.column_slot, state.counters, 8, small_m, kernel
+        tensors.x, state.index, state.column_slot, state.counters, "int8", small_m, kernel
     )
     if state.capacity:
         refresh(tensors, kernel, small_m)
@@ -394,7 +394,7 @@ def unfused_product(tensors: Linear, kernel: str) -> Tensor:
     """The same through `mixed_gemm` and `dequantize`."""
     state = tensors.state
     codes, scale, outliers = ops.quantize(
-        tensors.x, state.index, state.column_slot, state.counters, 8, 0, kernel
+        tensors.x, state.index, state.column_slot, state.counters, "int8", 0, kernel
     )
     if state.capacity:
         refresh(tensors, kernel)
@@ -415,7 +415,7 @@ def expected_product(tensors: Linear, bits: int = 8) -> Tensor:
     """The same in float64 from the reference's codes: what only rounding may separate from a provider."""
     state = tensors.state
     codes, scale, outliers = ops.quantize(
-        tensors.x, state.index, state.column_slot, state.counters[:1], bits, 0, "ref"
+        tensors.x, state.index, state.column_slot, state.counters[:1], f"int{bits}", 0, "ref"
     )
     used = int(state.counters[0])
     columns = state.index[:used].long()

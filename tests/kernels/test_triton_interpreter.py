@@ -73,7 +73,7 @@ def test_no_row_exceeds_after_an_exact_call():
 def test_few_rows_learn_nothing(rows):
     state = OutlierState.create(32, 16, 6.0, "cpu")
     x = torch.full((rows, 32), 50.0)
-    codes, scale, outliers, _ = ops.quantize_online(x, *state.buffers(), 8, "exact", 3, "tl")
+    codes, scale, outliers, _ = ops.quantize_online(x, *state.buffers(), "int8", "exact", 3, "tl")
     assert (codes.shape, scale.shape, outliers.shape) == ((rows, 32), (rows,), (rows, 16))
     assert state.columns() == []
 
@@ -169,4 +169,4 @@ def test_needs_the_interpreter_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     state = OutlierState.create(32, 16, 6.0, "cpu")
     with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
-        ops.quantize_online(torch.ones(2, 32), *state.buffers(), 8, "exact", 0, "tl")
+        ops.quantize_online(torch.ones(2, 32), *state.buffers(), "int8", "exact", 0, "tl")

@@ -11,6 +11,7 @@ from mixq_compile.kernels.cpu.availability import PRIORITY, supports
 from mixq_compile.kernels.cpu.build import library
 from mixq_compile.kernels.cpu.interface import CPU, QuantizeArguments, pointer, row_matrix, type_number
 from mixq_compile.kernels.ref.quantization import learn, teaching
+from mixq_compile.ops.activation_codes import largest_code
 from mixq_compile.ops.outlier_state import FROZEN
 from mixq_compile.ops.providers import provider
 from mixq_compile.ops.small_batch import is_small_batch
@@ -28,9 +29,9 @@ class Quantization:
         dtype: torch.dtype,
         index: Tensor,
         column_slot: Tensor,
-        bits: int,
+        format: str,
     ) -> None:
-        self.columns, self.largest_code = columns, 2 ** (bits - 1) - 1
+        self.columns, self.largest_code = columns, largest_code(format)
         self.index, self.column_slot = index, column_slot
         padded = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
         self.codes = torch.empty((*leading, padded), dtype=torch.int8, device=CPU)
@@ -65,10 +66,10 @@ class Quantization:
 
 @provider("quantize", name="cpu", priority=PRIORITY, supports=supports)
 def quantize(
-    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, bits: int, small_m: int
+    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, format: str, small_m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes rows with fixed outlier columns."""
-    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, index, column_slot, bits)
+    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, index, column_slot, format)
     call.run(row_matrix(x), count if index.shape[0] else None)
     return call.results()
 
@@ -81,7 +82,7 @@ def quantize_online(
     column_max: Tensor,
     counters: Tensor,
     effective_threshold: Tensor,
-    bits: int,
+    format: str,
     miss: str,
     small_m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,7 +90,7 @@ def quantize_online(
     matrix = row_matrix(x)
     shared = (index, column_slot, column_max, counters, effective_threshold)
     state = STATES.current(shared)
-    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, state[0], state[1], bits)
+    call = Quantization(tuple(x.shape[:-1]), x.shape[-1], x.dtype, state[0], state[1], format)
     if is_small_batch(matrix, small_m) or not matrix.numel():
         call.run(matrix, None)
         return *call.results(), call.used

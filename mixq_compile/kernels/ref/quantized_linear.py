@@ -26,7 +26,7 @@ def quantized_linear(
     outlier_weight: Tensor,
     bias: Tensor | None,
     activation: str,
-    bits: int,
+    format: str,
     miss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The linear's operands, then the state of its value."""
@@ -35,4 +35,4 @@ def quantized_linear(
     )
     state = (index, column_slot, column_max, counters, effective_threshold)
     function = FUNCTIONS[activation]
-    return quantize_online(function(value), *state, bits, miss, 0)  # type: ignore[no-any-return]
+    return quantize_online(function(value), *state, format, miss, 0)  # type: ignore[no-any-return]

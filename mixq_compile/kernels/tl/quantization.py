@@ -37,6 +37,7 @@ from mixq_compile.kernels.tl.toolkit import (
     tl,
     triton,
 )
+from mixq_compile.ops.activation_codes import largest_code
 from mixq_compile.ops.outlier_state import FLAG
 from mixq_compile.ops.providers import provider
 from mixq_compile.ops.small_batch import is_small_batch
@@ -167,7 +168,7 @@ def _launch(
     effective_threshold: Tensor,
     count_used: Tensor,
     scratch: Tensor,
-    bits: int,
+    format: str,
 ) -> None:
     rows, columns = matrix.shape
     codes, scale, outliers = outputs
@@ -177,16 +178,12 @@ def _launch(
     _quantize[(programs,)](
         matrix, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
         scratch, rows, columns, slots, matrix.stride(0), codes.stride(0),
-        LARGEST_CODE=largest_code(bits), MODE=mode, PART=share.part, PARTS=ceil_div(columns, share.part),
+        LARGEST_CODE=float(largest_code(format)), MODE=mode, PART=share.part,
+        PARTS=ceil_div(columns, share.part),
         HOLDS=share.holds and rows > programs, AHEAD=share.ahead and rows > programs,
         SLOTS=power_of_two(slots) if slots else 0,
         num_warps=share.warps, enable_fp_fusion=False, **overlap(matrix),
     )  # fmt: skip
-
-
-def largest_code(bits: int) -> float:
-    """The largest code of so many bits, as a float."""
-    return float(2 ** (bits - 1) - 1)
 
 
 def launch_learning(
@@ -199,7 +196,7 @@ def launch_learning(
     effective_threshold: Tensor,
     count_used: Tensor,
     scratch: Tensor,
-    bits: int,
+    format: str,
     miss: str,
 ) -> None:
     """Where the flag is up: learns the new columns and, unless the policy is lazy, quantizes again.
@@ -213,7 +210,8 @@ def launch_learning(
     _learn[(1 if interpreting() else multiprocessors(matrix.device),)](
         matrix, codes, scale, outliers, index, column_slot, column_max, counters, effective_threshold,
         count_used, scratch, rows, columns, index.shape[0], matrix.stride(0), codes.stride(0),
-        LARGEST_CODE=largest_code(bits), PART=part, PARTS=ceil_div(columns, part), REPEATS=miss != "lazy",
+        LARGEST_CODE=float(largest_code(format)), PART=part, PARTS=ceil_div(columns, part),
+        REPEATS=miss != "lazy",
         num_warps=LEARNING_WARPS, enable_fp_fusion=False,
         launch_cooperative_grid=not interpreting(),
         **growth_options(rows, columns, index.shape[0], policy), **overlap(matrix),
@@ -236,7 +234,7 @@ def as_rows(outputs: tuple[Tensor, Tensor, Tensor], rows: int) -> tuple[Tensor, 
 
 @provider("quantize", name="tl", priority=PRIORITY, supports=supports)
 def quantize(
-    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, bits: int, small_m: int
+    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, format: str, small_m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch; at most `small_m` rows are left unwritten, because the weight-only path reads x."""
     outputs = outputs_of(x, index.shape[0])
@@ -244,7 +242,7 @@ def quantize(
     if matrix.shape[0] and not is_small_batch(matrix, small_m):
         rows = as_rows(outputs, matrix.shape[0])
         with on_device(x):
-            _launch(FIXED, matrix, rows, index, column_slot, count, count, count, count, bits)
+            _launch(FIXED, matrix, rows, index, column_slot, count, count, count, count, format)
     return outputs
 
 
@@ -256,7 +254,7 @@ def quantize_online(
     column_max: Tensor,
     counters: Tensor,
     effective_threshold: Tensor,
-    bits: int,
+    format: str,
     miss: str,
     small_m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -270,13 +268,13 @@ def quantize_online(
     state = (index, column_slot, counters, effective_threshold)
     with on_device(x):
         if miss == "static":
-            _launch(SNAPSHOT, matrix, rows, *state, count_used, counters, bits)
+            _launch(SNAPSHOT, matrix, rows, *state, count_used, counters, format)
             return *outputs, count_used
         scratch = scratch_for(matrix, index.shape[0])
         first = ALWAYS if miss == "per_call" else CHECK
-        _launch(first, matrix, rows, *state, count_used, scratch, bits)
+        _launch(first, matrix, rows, *state, count_used, scratch, format)
         launch_learning(
             matrix, rows, index, column_slot, column_max, counters, effective_threshold, count_used, scratch,
-            bits, miss,
+            format, miss,
         )  # fmt: skip
     return *outputs, count_used
