@@ -24,6 +24,9 @@ DEFAULT_THRESHOLD = 6.0
 MissPolicy = Literal["exact", "lazy", "frozen", "static", "per_call"]
 MISS_POLICIES: tuple[str, ...] = get_args(MissPolicy)
 
+ColumnChoice = Literal["above", "largest"]
+COLUMN_CHOICES: tuple[str, ...] = get_args(ColumnChoice)
+
 _SOLVERS_FOLDER = Path(__file__).parent / "weights" / "solvers"
 SOLVERS: tuple[str, ...] = tuple(
     sorted({module.name for module in pkgutil.iter_modules([str(_SOLVERS_FOLDER)])} - {"registry"})
@@ -119,8 +122,12 @@ class OutlierPolicy:
     """Most columns kept; a multiple of 16. None: min(128, max(16, K/32 rounded up to 16))."""
     miss: MissPolicy = "exact"
     """What a column above the threshold that is not known yet does; see docs/semantics.md."""
+    choose: ColumnChoice = "above"
+    """The columns that calibration chooses: all above the threshold, or always as many, the largest first."""
 
     def __post_init__(self) -> None:
+        if self.choose not in COLUMN_CHOICES:
+            raise unknown_name("choice of columns", self.choose, COLUMN_CHOICES)
         if self.miss not in MISS_POLICIES:
             raise unknown_name("miss policy", self.miss, MISS_POLICIES)
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
@@ -219,13 +226,16 @@ class QuantScheme:
             )
         if version == 1:
             data = _of_the_first_schema(data)
-        outliers, activation = data["outliers"], data["activation"]
-        low_rank = data.get("low_rank")  # Written since schemes can have one.
+        outliers, low_rank = data["outliers"], data.get("low_rank")  # written since schemes can have one
+        activation = None if data["activation"] is None else TensorFormat.parse(data["activation"])
+        if outliers is not None and activation is not None and "choose" not in outliers:
+            # In older files the activation's bits decided.
+            outliers = {**outliers, "choose": "above" if activation.bits == 8 else "largest"}
         return cls(
             name=data["name"],
             summary=data["summary"],
             weight=TensorFormat.parse(data["weight"]),
-            activation=None if activation is None else TensorFormat.parse(activation),
+            activation=activation,
             outliers=None if outliers is None else OutlierPolicy.from_json(outliers),
             solver=data["solver"],
             low_rank=None if low_rank is None else LowRank(**low_rank),

@@ -240,12 +240,15 @@ def _swapped(row: NodeRow, values: Mapping[str, str], product: NodeRow | None) -
 
 
 def _name_of(recipe: LinearRecipe, capacity: int) -> str:
-    """The scheme with these formats and, where there are slots, outlier columns; else the formats."""
-    for scheme in map(get_scheme, scheme_names()):
-        formats = scheme.recipe, scheme.activation, scheme.outliers is not None
-        if formats == (recipe.weight, recipe.activation, capacity > 0):
-            return scheme.name
-    return f"{recipe.weight} x {recipe.activation}" if recipe.activation else str(recipe.weight)
+    """Every scheme with these formats and, where there are slots, outlier columns; else the formats."""
+    wanted = recipe.weight, recipe.activation, capacity > 0
+    names = [
+        scheme.name
+        for scheme in map(get_scheme, scheme_names())
+        if (scheme.recipe, scheme.activation, scheme.outliers is not None) == wanted
+    ]
+    formats = f"{recipe.weight} x {recipe.activation}" if recipe.activation else str(recipe.weight)
+    return " or ".join(names) or formats
 
 
 def packed_bytes(out_features: int, in_features: int, bits: int, capacity: int, float_bits: int) -> int:

@@ -61,7 +61,7 @@ class Annotations:
     """That scheme with the outlier options applied, as `QuantScheme.to_json` writes it."""
     outlier_columns = _Field[list[int]]()
     """Calibrated columns that stay in 16 bit."""
-    absmax = _Field[list[float]]()
+    column_max = _Field[list[float]]()
     """The largest magnitude of each of `outlier_columns`."""
     skip = _Field[str]()
     """Why the node is left as it is."""

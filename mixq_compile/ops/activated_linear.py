@@ -7,15 +7,12 @@ from torch import Tensor
 
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
+from mixq_compile.ops.activation_functions import ACTIVATED, check_function
 from mixq_compile.ops.providers import ANY_ACTIVATION, run
 from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_name
-
-FUNCTIONS = ("relu", "silu", "gelu", "gelu_tanh")
-"""`gelu` is the exact one, by the error function."""
-
 
 _LINEAR = operand_checks.Operands("activated_linear", x="float * _", **operand_checks.PRODUCT)
 _READ_LINEAR = operand_checks.Operands("activated_linear", x="float * K", **operand_checks.PRODUCT)
@@ -54,6 +51,7 @@ def activated_linear(
     (_READ_LINEAR if small_m else _LINEAR).check(
         x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias
     )
+    check_function(function, ACTIVATED)
     _check_halves(weight_codes, gated)
     return run(  # type: ignore[no-any-return]
         "activated_linear", kernel, x, format_name(weight_codes), ANY_ACTIVATION,
@@ -81,6 +79,7 @@ def _(
     (_READ_LINEAR if small_m else _LINEAR).examine(
         x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias
     )
+    check_function(function, ACTIVATED)
     _check_halves(weight_codes, gated)
     features = weight_codes.shape[0]
     return x.new_empty((*x.shape[:-1], features // 2 if gated else features))

@@ -90,7 +90,8 @@ def _(
     recipe: str,
 ) -> Tensor:
     given: dict[str, Any] = LinearRecipe.parse(recipe).named(weight, state, cache)
-    operand_checks.LINEAR.examine(*operand_checks.LINEAR.select({**given, "x": x, "bias": bias, "row_mask": row_mask}))
+    given |= {"x": x, "bias": bias, "row_mask": row_mask}
+    operand_checks.LINEAR.examine(*operand_checks.LINEAR.select(given))
     return x.new_empty((*x.shape[:-1], given["weight_codes"].shape[0]))
 
 

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_codes import code_bits
+from mixq_compile.ops.activation_functions import QUANTIZING, check_function
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import run
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, WEIGHT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, format_name
-
-ACTIVATIONS = ("none", "relu", "gelu")
-"""Functions that the operator can apply; `gelu` is the exact one, by the error function."""
 
 
 @torch.library.custom_op("mixq::quantized_linear", mutates_args=STATE_FIELDS, tags=LAYOUT)
@@ -50,6 +48,7 @@ def quantized_linear(
         codes, index, column_slot, column_max, counters, effective_threshold, scale, outliers, count,
         weight_codes, weight_scale, outlier_weight, bias,
     )  # fmt: skip
+    check_function(activation, QUANTIZING)
     return run(  # type: ignore[no-any-return]
         "quantized_linear", kernel, outliers, format_name(weight_codes), format,
         codes, index, column_slot, column_max, counters, effective_threshold, scale, outliers, count,

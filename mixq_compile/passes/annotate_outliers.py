@@ -48,7 +48,7 @@ class AnnotateOutliers(Pass):
                 reason += f", of magnitude {min(maxima):.3g} to {max(maxima):.3g}"
             yield Decision.applied(node, reason, fqn=fqn, details={"columns": columns})
             view = Annotations(node)
-            view.outlier_columns, view.absmax = columns, maxima
+            view.outlier_columns, view.column_max = columns, maxima
 
     def _chosen(self, graph: CapturedGraph) -> list[tuple[Node, str, QuantScheme]]:
         """The linears with a scheme that keeps outlier columns, with their names."""

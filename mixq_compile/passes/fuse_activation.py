@@ -17,14 +17,13 @@ from mixq_compile.ir.activation_functions import ACTIVATIONS, activation_functio
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ops.activation_functions import QUANTIZING
 from mixq_compile.ops.operands import operand, operands_for, result, set_operands
 from mixq_compile.passes._kernel_queries import why_only_reference
 from mixq_compile.passes._obstacles import Obstacle, no_place_for_operands, other_readers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
-QUANTIZING = ("gelu", "relu")
-"""Functions that `quantized_linear` has."""
 ACTIVATED, QUANTIZED = mixq.activated_linear.default, mixq.quantized_linear.default
 QUANTIZES = (mixq.quantize_online.default, mixq.quantize.default)
 

@@ -38,7 +38,7 @@ class RewriteMixedLinear(Pass):
     batch_invariant: bool = False
     """One kernel for every number of rows."""
     kernel: str = "auto"
-    """The provider whose switch point to the weight-only kernel holds."""
+    """The provider whose small_m holds: up to so many rows the weight-only kernel runs."""
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear that has a scheme."""
@@ -152,7 +152,7 @@ class _Rewriter:
     def mixed(self, activation: TensorFormat, small_m: int) -> Node:
         packed, scheme, view = self.packed, self.scheme, self.view
         in_features = self.graph.value(self.weight_matrix).shape[1]
-        state = self.store.state([self.tensor], scheme, in_features, view.outlier_columns, view.absmax)
+        state = self.store.state([self.tensor], scheme, in_features, view.outlier_columns, view.column_max)
         self.store.fill(packed, self.tensor, state)
         buffers = zip(STATE_FIELDS, state.buffers(), strict=True)
         given = self._codes()

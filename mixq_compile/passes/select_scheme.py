@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,8 @@ class SelectScheme(Pass):
     """Quantize every eligible linear, even where it is not faster."""
     kernel: str = "auto"
     """The provider whose speed and support decide."""
-    together: bool = True
-    """Judge linears that read one value as one product, where the provider gains by merging them."""
+    merge_siblings: Literal["auto", "always", "never"] = "auto"
+    """Judge linears that read one value as one product: where the provider gains by it; always; or never."""
 
     def scheme_for(self, fqn: str, role: str) -> QuantScheme:
         """The scheme of a linear of this name and role, with this pass's outlier options applied.
@@ -76,7 +76,9 @@ class SelectScheme(Pass):
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear."""
         embedded = _embeddings(graph)
-        siblings = self._siblings(graph, embedded) if self.together and not self.force else {}
+        siblings = (
+            self._siblings(graph, embedded) if self.merge_siblings != "never" and not self.force else {}
+        )
         for node in graph.walk(torch.ops.aten.linear.default):
             view = Annotations(node)
             fqn = view.fqn or ""
@@ -148,9 +150,8 @@ class SelectScheme(Pass):
             return providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
 
         alone = query_of([node])
-        return not_faster(
-            query_of(siblings) if gains_by_merging(alone, self.kernel) else alone, rows, self.kernel
-        )
+        merged = self.merge_siblings == "always" or gains_by_merging(alone, self.kernel)
+        return not_faster(query_of(siblings) if merged else alone, rows, self.kernel)
 
 
 def _embeddings(graph: CapturedGraph) -> dict[int, list[str]]:

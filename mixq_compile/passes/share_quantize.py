@@ -27,7 +27,7 @@ from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
 from mixq_compile.scheme import QuantScheme
 
 mixq = torch.ops.mixq
-SWITCH_POINT = "small_m"
+SMALL_M = "small_m"
 """The operand that readers need not have in common: the smallest one serves all."""
 
 
@@ -35,7 +35,7 @@ def _policy_key(node: Node) -> str:
     """What must be equal for two quantizations of one value to be the same."""
     view = Annotations(node)
     traits = traits_of(node.target)
-    own = {SWITCH_POINT, *(traits.state if traits is not None else ())}
+    own = {SMALL_M, *(traits.state if traits is not None else ())}
     given = {name: value for name, value in operands(node).items() if name not in own}
     return json.dumps(
         {
@@ -49,14 +49,14 @@ def _policy_key(node: Node) -> str:
     )
 
 
-def _take_smaller_switch_point(first: Node, other: Node) -> None:
+def _take_smaller_small_m(first: Node, other: Node) -> None:
     """Lets both quantize from the fewer rows on: one of them would be left without codes otherwise."""
-    if SWITCH_POINT not in operands(first):
+    if SMALL_M not in operands(first):
         return
-    smaller = min(operand(first, SWITCH_POINT), operand(other, SWITCH_POINT))
+    smaller = min(operand(first, SMALL_M), operand(other, SMALL_M))
     for node in (first, _refresh_of(first)):
         if node is not None:
-            set_operands(node, **{SWITCH_POINT: smaller})
+            set_operands(node, **{SMALL_M: smaller})
 
 
 def _quantizations(graph: CapturedGraph) -> dict[Node, list[Node]]:
@@ -133,7 +133,7 @@ class ShareQuantize(Pass):
         other: Node,
     ) -> None:
         self._join_states(graph, store, sources, first, other)
-        _take_smaller_switch_point(first, other)
+        _take_smaller_small_m(first, other)
         kept_refresh, other_refresh = _refresh_of(first), _refresh_of(other)
         if kept_refresh is not None and other_refresh is not None:
             self._join_refreshes(graph, kept_refresh, other_refresh)
@@ -190,7 +190,7 @@ class ShareQuantize(Pass):
             # K of the state, because x's own is symbolic where every size of x is.
             graph.value(operand(first, "column_slot")).shape[0],
             view.outlier_columns,
-            view.absmax,
+            view.column_max,
         )
         stem = graph.parameter_name(weights[0])
         return {

@@ -19,6 +19,8 @@ WORTH_SAYING = 1 << 30
 RESERVE = 0.05
 """Part of the free memory that packing must leave."""
 
+INDEX_BYTES = 4
+
 REMEDIES = (
     "mixq_compile.quantize(model) swaps the linears before compiling and frees their 16-bit weights, and "
     "options={'release_weights': True} frees them after compiling"
@@ -28,10 +30,7 @@ REMEDIES = (
 def check(weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) -> None:
     """Says what packing these weights keeps in memory; raises MixqError where it does not fit."""
     held = sum(weight.nbytes for weight, _ in weights)
-    # A transposed weight has as many codes, and the scales of its columns are few beside them.
-    needed = sum(
-        nbytes(scheme.recipe, weight.shape[0], weight.shape[1], weight.dtype) for weight, scheme in weights
-    )
+    needed = sum(packed_bytes(weight, scheme) for weight, scheme in weights)
     device = weights[0][0].device
     available = free_bytes(device)
     if available is not None and needed > available * (1 - RESERVE):
@@ -47,3 +46,14 @@ def check(weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) 
             "memory. %s.",
             held / 2**30, needed / 2**30, 1 + needed / held, REMEDIES,
         )  # fmt: skip
+
+
+def packed_bytes(weight: Tensor, scheme: QuantScheme) -> int:
+    """Bytes of what packing a weight `[N, K]` keeps: codes, scales, outlier columns and their indices.
+
+    Of a weight `[K, N]` the codes are as many; scales and outlier columns, few beside them, about as many.
+    """
+    out_features, in_features = weight.shape
+    slots = scheme.outliers.capacity_for(in_features) if scheme.outliers is not None else 0
+    outliers = slots * (out_features * weight.element_size() + INDEX_BYTES)
+    return nbytes(scheme.recipe, out_features, in_features, weight.dtype) + outliers

@@ -12,13 +12,13 @@ def calibrated_columns(
 ) -> tuple[list[int], list[float]] | None:
     """The outlier columns of a linear by its statistics, and their maxima; None where it has none.
 
-    With 8-bit activations the columns above the threshold, and at most as many as there are slots;
-    with 4-bit ones always as many, the largest first.
+    By its policy's `choose`: the columns above the threshold, at most as many as there are slots, or
+    always as many, the largest first.
     """
     policy = scheme.outliers
     found = stats.find(fqn)
     if policy is None or scheme.activation is None or found is None:
         return None
-    threshold = policy.threshold if scheme.activation.bits == 8 else None
+    threshold = policy.threshold if policy.choose == "above" else None
     columns = stats.outlier_columns(fqn, threshold=threshold, count=policy.capacity_for(in_features))
     return columns, [float(found.absmax[column]) for column in columns]

@@ -32,7 +32,7 @@ def test_bits(operator: str, label: str, name: str) -> None:
         arguments = [kernel if name == "kernel" else item for name, item in zip(names, given, strict=True)]
 
         def run(arguments: Any = arguments) -> Any:
-            own = tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, arguments)
+            own = tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, arguments)
             return operator_calls.OPERATORS[operator](*own), own
 
         assert_unchanged(name, run)

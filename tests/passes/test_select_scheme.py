@@ -217,6 +217,20 @@ class TestSpeed:
         assert found["q_proj"].startswith("applied")
         assert found["k_proj"].startswith("skipped")
 
+    def test_siblings_that_are_always_merged_are_judged_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the provider says of merging: what runs is the one product."""
+        providers.load_providers()
+        fast = Provider(
+            "mixed_linear", "fast", lambda: None, lambda query: True, 9,
+            speedup=lambda query, rows: 1.2 if (query.out_features or 0) >= 64 else 0.8,
+            merges=lambda query: "it is slower",
+        )  # fmt: skip
+        monkeypatch.setitem(providers._PROVIDERS, "mixed_linear", {"fast": fast})
+        found = select(captured(Attention(), "dynamo"), "ignore=")
+        assert found["k_proj"] == "skipped: not faster with fast: 0.80x at 6 rows"
+        found = select(captured(Attention(), "dynamo"), "ignore= merge_siblings=always")
+        assert found["k_proj"] == "applied: scheme w8a8o16"
+
     def test_siblings_are_judged_as_the_one_product_they_become(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -230,7 +244,7 @@ class TestSpeed:
         monkeypatch.setitem(providers._PROVIDERS, "mixed_linear", {"fast": fast})
         found = select(captured(Attention(), "dynamo"), "ignore=")
         assert all(text.startswith("applied") for text in found.values())
-        found = select(captured(Attention(), "dynamo"), "ignore= together=false")
+        found = select(captured(Attention(), "dynamo"), "ignore= merge_siblings=never")
         assert found["k_proj"] == "skipped: not faster with fast: 0.80x at 6 rows"
         found = select(captured(Attention(), "dynamo"), "ignore=q_proj,v_proj")
         assert found["k_proj"].startswith("skipped"), "it was judged with siblings that stay as they are"

@@ -38,7 +38,8 @@ def test_other_caches_share_the_codes(scheme, dtype: torch.dtype) -> None:  # ty
 
 def test_another_format_has_codes_of_its_own() -> None:
     store, weight = WeightStore(), parameter()
-    assert store.pack(weight, EIGHT, torch.float32).stored is not store.pack(weight, FOUR, torch.float32).stored
+    eight, four = (store.pack(weight, scheme, torch.float32) for scheme in (EIGHT, FOUR))
+    assert eight.stored is not four.stored
     assert len(store.codes(weight)) == 2
 
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from mixq_compile.kernels.ref.linears import mixed_linear
 from mixq_compile.kernels.ref.quantization import PRIORITY, quantize_online, supports
+from mixq_compile.ops.activation_functions import FUNCTIONS
 from mixq_compile.ops.providers import provider
-
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": torch.clone,
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-}
 
 
 @provider("quantized_linear", name="ref", priority=PRIORITY, supports=supports)
