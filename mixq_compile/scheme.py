@@ -188,6 +188,17 @@ class QuantScheme:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise unknown_name("weight solver", self.solver, SOLVERS)
+        if self.low_rank is not None and self.outliers is not None:
+            raise OptionError(
+                f"scheme {self.name!r} has outlier columns and a low-rank part: that part holds the rounding "
+                "errors of all columns, those kept in 16 bit too, which would be added twice. Leave one out."
+            )
+        affine = self.activation is not None and not self.activation.signed
+        if affine and self.outliers is not None and self.outliers.miss != "static":
+            raise OptionError(
+                f"scheme {self.name!r} quantizes activations with zero points, which learns no outlier "
+                f"columns: its policy must be 'static', not {self.outliers.miss!r}."
+            )
 
     @property
     def recipe(self) -> WeightRecipe:

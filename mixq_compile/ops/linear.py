@@ -7,7 +7,7 @@ parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
 from mixq_compile.ops.shared_declarations import LAYOUT
 from mixq_compile.ops.state_access import LEARNING, STATES, state_access
 from mixq_compile.ops.traits import declare
+from mixq_compile.ops.weight_codes import format_operand, told_by_codes
 
 
 def small_batch_limit_of(x: Tensor, out_features: int, in_features: int, recipe: LinearRecipe) -> int:
@@ -34,10 +35,24 @@ def small_batch_limit_of(x: Tensor, out_features: int, in_features: int, recipe:
 
     The features are given apart, because those of tensors may be symbolic.
     """
-    if recipe.batch_invariant or recipe.activation is None:
+    if recipe.batch_invariant or recipe.activation is None or recipe.weight.sums:
         return 0
     fmt = recipe.weight.format
     return small_batch_limit(linear_query(x, out_features, in_features, fmt, recipe.activation))
+
+
+def _operands(recipe: LinearRecipe) -> operand_checks.Operands:
+    plain = told_by_codes(recipe.weight.format) and recipe.weight.low_rank is None
+    return operand_checks.LINEAR if plain else operand_checks.FORMATTED_LINEAR
+
+
+def _examine_parts(recipe: LinearRecipe, given: Mapping[str, Any]) -> None:
+    """Raises OperandError where the weight is not as its format says."""
+    if not told_by_codes(recipe.weight.format):
+        operand_checks.examine_weight(
+            "linear", recipe.weight.format, given["x"], given["weight_codes"], given["weight_scale"],
+            given.get("weight_zero"),
+        )  # fmt: skip
 
 
 @torch.library.custom_op("mixq::linear", mutates_args=("state", "cache"), tags=LAYOUT)
@@ -59,7 +74,9 @@ def linear(
     parsed = LinearRecipe.parse(recipe)
     given = parsed.named(weight, state, cache)
     given |= {"x": x, "bias": bias, "row_mask": row_mask, "kernel": AUTO}
-    operand_checks.LINEAR.check(*operand_checks.LINEAR.select(given))
+    given |= format_operand(parsed.weight.format)
+    _operands(parsed).check(*_operands(parsed).select(given))
+    _examine_parts(parsed, given)
     # Not through the operators: each would cost a dispatch and check again what fits already.
     if parsed.activation is None:
         return weight_only(given, run_kernel)  # type: ignore[no-any-return]
@@ -89,9 +106,11 @@ def _(
     row_mask: Tensor | None,
     recipe: str,
 ) -> Tensor:
-    given: dict[str, Any] = LinearRecipe.parse(recipe).named(weight, state, cache)
+    parsed = LinearRecipe.parse(recipe)
+    given = parsed.named(weight, state, cache)
     given |= {"x": x, "bias": bias, "row_mask": row_mask}
-    operand_checks.LINEAR.examine(*operand_checks.LINEAR.select(given))
+    _operands(parsed).examine(*_operands(parsed).select(given))
+    _examine_parts(parsed, given)
     return x.new_empty((*x.shape[:-1], given["weight_codes"].shape[0]))
 
 

@@ -73,7 +73,7 @@ class Operands:
 
     def select(self, given: Mapping[str, Tensor | None]) -> list[Tensor | None]:
         """The operands in their order, of what is given by name."""
-        return [given[operand.name] for operand in self._operands]
+        return [given.get(operand.name) for operand in self._operands]
 
     def check(self, *tensors: Tensor | None) -> None:
         """Raises OperandError where these operands, in their order, do not fit. For real tensors."""
@@ -280,3 +280,9 @@ LINEAR = Operands(
     "linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N", **STATE,
     cached_index="int32 C", outlier_weight="float N C", original="float N K | empty", row_mask="bool *",
 )  # fmt: skip
+FORMATTED_LINEAR = Operands(
+    "linear", x="float * K", weight_codes="any N _", bias="float N", **STATE, cached_index="int32 C",
+    outlier_weight="float N C", original="float N K | empty", row_mask="bool *", left="float K R",
+    right="float R N",
+)  # fmt: skip
+"""Where a format says how codes, scales and zero points lie: see `examine_weight`."""

@@ -6,6 +6,7 @@ A provider is a folder in `mixq_compile/kernels/`; each of its modules registers
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from mixq_compile.errors import KernelError, unknown_name
-from mixq_compile.formats import INT8, TensorFormat
+from mixq_compile.formats import INT4, INT8, TensorFormat
 from mixq_compile.ops.activation_codes import code_bits
 
 log = logging.getLogger(__name__)
@@ -269,8 +270,15 @@ def linear_query(
     weight: TensorFormat,
     activation: TensorFormat | None = INT8,
 ) -> KernelQuery:
-    """The query for the product of a linear of these formats; without an activation's, weight-only."""
-    op = "weight_only_linear" if activation is None else "mixed_linear"
+    """The query for the product of a linear of these formats; without an activation's, weight-only.
+
+    A product does not see the zero points of an activation: its codes are integers of as many bits.
+    """
+    if activation is None:
+        op = "weight_only_linear"
+    else:
+        op = "mixed_linear" if weight in (INT4, INT8) else "grouped_linear"
+        activation = dataclasses.replace(activation, signed=True)
     return KernelQuery(op, x.device, x.dtype, weight, activation, in_features, out_features)
 
 

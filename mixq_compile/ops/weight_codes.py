@@ -45,6 +45,16 @@ def weight_bits(weight_codes: Tensor) -> int:
     return 4 if weight_codes.dtype == torch.uint8 else 8
 
 
+def told_by_codes(fmt: TensorFormat) -> bool:
+    """True for the formats that the dtype of the codes tells: those of the integer kernels."""
+    return fmt in (INT4, INT8)
+
+
+def format_operand(fmt: TensorFormat) -> dict[str, str]:
+    """The operand `weight_format` of a linear with weights of this format, where one is needed."""
+    return {} if told_by_codes(fmt) else {"weight_format": str(fmt)}
+
+
 def format_name(weight_codes: Tensor) -> str:
     """The text of `format_of`, without making a value of it: asked in every call."""
     return "int4" if weight_codes.dtype == torch.uint8 else "int8"

@@ -18,6 +18,7 @@ from mixq_compile.ops.linear import small_batch_limit_of
 from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.operands import operands
 from mixq_compile.ops.outlier_state import COUNT
+from mixq_compile.ops.weight_codes import format_operand
 from mixq_compile.passes._mixed_linear import MixedLinear, write_weight_only
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
@@ -45,6 +46,7 @@ class ExpandLinear(Pass):
         recipe = LinearRecipe.parse(named["recipe"])
         given = {"x": named["x"], "bias": named["bias"]}
         given |= recipe.named(named["weight"], named["state"], named["cache"])
+        given |= format_operand(recipe.weight.format)
         if named["row_mask"] is not None:
             given["row_mask"] = named["row_mask"]
         miss, activation = recipe.miss, recipe.activation

@@ -17,10 +17,12 @@ from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
 from mixq_compile.ops.operands import operand, operands
 from mixq_compile.ops.outlier_state import STATE_FIELDS
+from mixq_compile.ops.weight_codes import format_operand, told_by_codes
 from mixq_compile.passes._mixed_linear import MixedLinear, write_weight_only
 from mixq_compile.passes._obstacles import Obstacle
 from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.selection.statistics import input_statistics
 
 COMPUTED = "its weight is computed, not a parameter: only parameters can be packed"
 
@@ -62,9 +64,9 @@ class RewriteMixedLinear(Pass):
             fixed, _ = row_count(graph.value(operand(node, "input")))
             few_rows = fixed is not None and fixed <= small_m
             activation = None if few_rows else scheme.activation
-            kind = "weight-only product" if activation is None else "quantize, mixed_gemm, dequantize"
+            kind = "weight-only product" if activation is None else _steps(scheme)
             yield Decision.applied(node, f"{scheme.name}: {kind}", fqn=view.fqn)
-            rewriter = _Rewriter(graph, store, node, linear, self.originals)
+            rewriter = _Rewriter(graph, store, node, linear, self.originals, context.stats)
             with graph.graph.inserting_before(node):
                 if activation is None:
                     result = rewriter.weight_only()
@@ -79,12 +81,18 @@ class RewriteMixedLinear(Pass):
         return [node for node, view in views.items() if view.parameters is not None and view.skip is None]
 
     def _small_m(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> int:
-        if self.batch_invariant or scheme.activation is None:
+        if self.batch_invariant or scheme.activation is None or scheme.recipe.sums:
             return 0
         x, weight = graph.value(operand(node, "input")), graph.value(operand(node, "weight"))
         out_features, in_features = weight.shape
         query = providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
         return providers.small_batch_limit(query, self.kernel)
+
+
+def _steps(scheme: QuantScheme) -> str:
+    quantize = "quantize_affine" if scheme.recipe.sums else "quantize"
+    product = "mixed_gemm, dequantize" if told_by_codes(scheme.weight) else "grouped_linear"
+    return f"{quantize}, {product}" + (", low-rank part" if scheme.low_rank is not None else "")
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ class _Rewriter:
         node: Node,
         linear: _Quantizable,
         originals: bool,
+        stats: Any,
     ) -> None:
         parameter, tensor, scheme = linear.parameter, linear.weight, linear.scheme
         self.graph, self.store, self.node, self.scheme = graph, store, node, scheme
@@ -128,6 +137,7 @@ class _Rewriter:
             scheme,
             dtype=graph.value(self.x).dtype,
             transposed=parameter is not self.weight_matrix,
+            statistics=input_statistics(stats, self.view.fqn or "", scheme),
         )
         self.stem = graph.parameter_name(parameter)
         self.originals = originals and not store.is_released(tensor)
@@ -138,16 +148,15 @@ class _Rewriter:
     def _write(self, operator: Any, named: Mapping[str, Any]) -> Node:
         return self.graph.call(operator, named, like=self.node)
 
-    def _codes(self) -> dict[str, Node | None]:
-        return {
-            "x": self.x,
-            "weight_codes": self._attach("codes", self.packed.weight_codes),
-            "weight_scale": self._attach("scale", self.packed.weight_scale),
-            "bias": self.bias,
+    def _weight(self) -> dict[str, Any]:
+        parts = {
+            name: self._attach(name.removeprefix("weight_"), tensor)
+            for name, tensor in self.packed.named().items()
         }
+        return {"x": self.x, **parts, "bias": self.bias, **format_operand(self.scheme.weight)}
 
     def weight_only(self) -> Node:
-        return write_weight_only(self._codes(), self._write)
+        return write_weight_only(self._weight(), self._write)
 
     def mixed(self, activation: TensorFormat, small_m: int) -> Node:
         packed, scheme, view = self.packed, self.scheme, self.view
@@ -155,7 +164,7 @@ class _Rewriter:
         state = self.store.state([self.tensor], scheme, in_features, view.outlier_columns, view.column_max)
         self.store.fill(packed, self.tensor, state)
         buffers = zip(STATE_FIELDS, state.buffers(), strict=True)
-        given = self._codes()
+        given = self._weight()
         given |= {name: self._attach(name, buffer) for name, buffer in buffers}
         given["cached_index"] = self._attach("cached_index", packed.cached_index)
         given["outlier_weight"] = self._attach("outlier_weight", packed.outlier_weight)

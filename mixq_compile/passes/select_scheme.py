@@ -123,8 +123,7 @@ class SelectScheme(Pass):
     def _no_kernel(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> str | None:
         out_features, in_features = graph.value(operand(node, "weight")).shape
         x = graph.value(operand(node, "input"))
-        query = providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
-        return no_kernel(query)
+        return no_kernel(x, out_features, in_features, scheme)
 
     def _siblings(self, graph: CapturedGraph, embedded: Mapping[int, list[str]]) -> dict[Node, list[Node]]:
         """For each eligible linear those, itself among them, that read its value with its scheme."""

@@ -96,7 +96,9 @@ class WeightProvider(Protocol):
     def prepare(self, weights: Sequence[tuple[Tensor, Any]], keeps_originals: bool) -> None:
         """Checks the memory that packing these parameters takes, before any is packed."""
 
-    def pack(self, weight: Tensor, scheme: Any, dtype: Any, transposed: bool = False) -> Any:
+    def pack(
+        self, weight: Tensor, scheme: Any, dtype: Any, transposed: bool = False, statistics: Any = None
+    ) -> Any:
         """The packed form of a parameter."""
 
     def state(self, weights: Sequence[Tensor], *arguments: Any, **options: Any) -> Any:

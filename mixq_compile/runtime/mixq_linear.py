@@ -14,15 +14,12 @@ from mixq_compile.ir.nested_rows import map_nested_rows
 from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.linear_recipe import CACHE_FIELDS, ORIGINAL, LinearRecipe
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
-from mixq_compile.ops.weight_codes import (
-    aligned,
-    aligned_empty,
-    codes_dtype,
-    dequantize_weight,
-    quantize_weight,
-)
+from mixq_compile.ops.weight_codes import aligned
 from mixq_compile.runtime.freed_weight import FreedWeight, freed_error
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.weights import recipe as recipes
+from mixq_compile.weights.quantized_weight import QuantizedWeight
+from mixq_compile.weights.recipe import InputStatistics
 
 TRIPWIRE = "weight"
 """In every saved state of a MixqLinear: NaN of shape [1] under the name of the 16-bit weight.
@@ -78,16 +75,16 @@ class MixqLinear(nn.Module):
         # Kept, because Dynamo would trace their making in every call.
         self._recipe_text, self._weight_operands = str(self.recipe), self.recipe.weight_operands
         capacity = policy.capacity_for(in_features) if policy else 0
-        _, row_bytes = scheme.weight.codes_shape(out_features, in_features)
         # First, because a model's dtype is asked of its first floating-point parameter.
         self._hold("outlier_weight", torch.zeros(out_features, capacity, dtype=dtype, device=device))
         if bias:
             self._hold("bias", torch.zeros(out_features, dtype=dtype, device=device))
         else:
             self.register_parameter("bias", None)
-        codes = aligned_empty((out_features,), row_bytes, codes_dtype(scheme.weight), torch.device(device))
-        self._hold("weight_codes", codes.zero_())
-        self._hold("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        for name, tensor in (
+            recipes.empty(scheme.recipe, out_features, in_features, dtype, device).named().items()
+        ):
+            self._hold(name, tensor.zero_() if name != "weight_scale" else tensor.fill_(1))
         state = OutlierState.create(
             in_features, capacity, policy.threshold if policy else float("inf"), device
         )
@@ -116,11 +113,13 @@ class MixqLinear(nn.Module):
         column_max: Sequence[float] | None = None,
         batch_invariant: bool = False,
         keep_original: bool = False,
+        statistics: InputStatistics | None = None,
     ) -> MixqLinear:
         """Quantizes a trained `nn.Linear` or `Conv1D` (whose weight is [K, N]).
 
         `columns` are calibrated outlier columns; their 16-bit weights are kept. `keep_original` keeps
         the whole 16-bit weight as the source of columns found later (twice the memory, smaller error).
+        `statistics` are those that the scheme's weights are made with, where it needs any.
         """
         parameter: Tensor = linear.weight  # type: ignore[assignment]
         weight = parameter.detach() if isinstance(linear, nn.Linear) else parameter.detach().t()
@@ -130,7 +129,9 @@ class MixqLinear(nn.Module):
             in_features, out_features, scheme,
             bias=bias is not None, dtype=weight.dtype, device=weight.device, batch_invariant=batch_invariant,
         )  # fmt: skip
-        module.weight_codes.data, module.weight_scale.data = quantize_weight(weight, scheme.recipe)
+        made = recipes.make(scheme.recipe, weight, weight.dtype, statistics.tensors if statistics else None)
+        for name, tensor in made.named().items():
+            module.get_parameter(name).data = tensor
         if bias is not None and module.bias is not None:
             module.bias.data = bias.detach().clone()
         if keep_original:
@@ -204,7 +205,8 @@ class MixqLinear(nn.Module):
 
     def dequantized_weight(self) -> Tensor:
         """The fp32 weight `[N, K]` that the codes stand for."""
-        return dequantize_weight(self.weight_codes, self.weight_scale, self.in_features)
+        named: dict[str, Tensor] = {name: getattr(self, name) for name in self.scheme.recipe.operands}
+        return QuantizedWeight.from_named(named).dequantized(self.scheme.weight, self.in_features)
 
     @property
     def nbytes(self) -> int:

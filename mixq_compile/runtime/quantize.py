@@ -31,6 +31,7 @@ from mixq_compile.selection.columns import calibrated_columns
 from mixq_compile.selection.eligibility import GROUPED, ineligible
 from mixq_compile.selection.gain import LARGE_BATCH, no_kernel, not_faster
 from mixq_compile.selection.scheme_rules import SchemeRules
+from mixq_compile.selection.statistics import input_statistics
 
 ALLOWED = ("batch_invariant", "capacity", "force", "ignore", "layers", "miss", "stats", "threshold")
 """The options of MixqOptions that a swap takes, beside the scheme."""
@@ -190,7 +191,8 @@ def _why_not(
     if reason is None:
         out_features, in_features = weight.shape
         query = providers.linear_query(weight, out_features, in_features, scheme.weight, scheme.activation)
-        reason = no_kernel(query) or (None if options.force else not_faster(query, [LARGE_BATCH]))
+        reason = no_kernel(weight, out_features, in_features, scheme)
+        reason = reason or (None if options.force else not_faster(query, [LARGE_BATCH]))
     return reason
 
 
@@ -221,6 +223,7 @@ def _swap(
         column_max=maxima,
         batch_invariant=options.batch_invariant,
         keep_original=keep_original,
+        statistics=input_statistics(options.stats, name, scheme),
     )
     swapped.train(linear.training)
     swapped.fqn = name

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from mixq_compile.errors import OptionError, unknown_name
+from mixq_compile.errors import unknown_name
 from mixq_compile.scheme import QuantScheme
 
 ALIASES = {"eetq": "w8a16"}
@@ -32,7 +32,7 @@ def accepted_names() -> tuple[str, ...]:
 def get_scheme(name: str | QuantScheme) -> QuantScheme:
     """The scheme of this name or alias, or the one given.
 
-    Raises OptionError that lists the valid names, or where the scheme asks for what no module computes yet.
+    Raises OptionError that lists the valid names.
     """
     if isinstance(name, QuantScheme):
         scheme = name
@@ -41,9 +41,4 @@ def get_scheme(name: str | QuantScheme) -> QuantScheme:
         if name not in scheme_names():
             raise unknown_name("scheme", name, accepted_names())
         scheme = importlib.import_module(f"{_PACKAGE}.{name}").SCHEME
-    if scheme.low_rank is not None:
-        raise OptionError(
-            f"scheme {scheme.name!r} keeps a low-rank part of the rounding error, of rank "
-            f"{scheme.low_rank.rank}, which no quantized linear computes yet: leave low_rank out."
-        )
     return scheme

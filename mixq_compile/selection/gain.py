@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from mixq_compile.ops import providers
+from mixq_compile.ops.providers import KernelQuery
+from mixq_compile.ops.weight_codes import told_by_codes
+from mixq_compile.scheme import QuantScheme
 
 LARGE_BATCH = 256
 """From this many rows on an integer product can win where it wins at all."""
 
 
-def no_kernel(query: providers.KernelQuery) -> str | None:
-    """Why no provider computes a linear of this query's device, dtype and formats; None where one does."""
-    chosen, refused = providers.rejections(query)
-    if chosen is not None:
-        return None
-    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-    return f"no kernel on {query.device.type}: {reasons}"
+def no_kernel(x: Tensor, out_features: int, in_features: int, scheme: QuantScheme) -> str | None:
+    """Why nothing computes a linear `[N, K]` of this scheme on x's device and dtype; None where it can be."""
+    if scheme.outliers is not None and not told_by_codes(scheme.weight):
+        return f"no kernel fetches outlier columns beside {scheme.weight} weights, only beside int8 and int4"
+    queries = [providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)]
+    if scheme.activation is not None:
+        op = "quantize" if scheme.activation.signed else "quantize_affine"
+        queries.append(KernelQuery(op, x.device, x.dtype, activation=scheme.activation))
+    for query in queries:
+        chosen, refused = providers.rejections(query)
+        if chosen is None:
+            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+            return f"no kernel on {query.device.type}: {reasons}"
+    return None
 
 
 def not_faster(query: providers.KernelQuery, rows: Sequence[int], kernel: str = providers.AUTO) -> str | None:
