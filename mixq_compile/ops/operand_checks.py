@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mixq_compile.errors import OperandError
-from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.formats import TensorFormat
+from mixq_compile.ops.weight_codes import codes_dtype, weight_bits
 
 KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "float": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -21,6 +22,7 @@ KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "int8": (torch.int8,),
     "bool": (torch.bool,),
     "codes": (torch.int8, torch.uint8),
+    "bytes": (torch.int8, torch.uint8),
     "any": (),
 }
 REMEMBERED = 1024
@@ -204,14 +206,19 @@ QUANTIZE_ONLINE = Operands("quantize_online", x="float * K", **STATE, row_mask="
 MIXED_GEMM = Operands("mixed_gemm", **{k: v for k, v in PRODUCT.items() if "scale" not in k and k != "bias"})
 DEQUANTIZE = Operands(
     "dequantize", x="float * _", accumulator="int32 * N", outlier_product="fp32 * N", scale="fp32 *",
-    weight_scale="fp32 N", bias="float N",
+    weight_scale="fp32 N", bias="float N", addend="float * N",
 )  # fmt: skip
-MIXED_LINEAR = Operands("mixed_linear", x="float * _", **PRODUCT)
-READ_LINEAR = Operands("mixed_linear", x="float * K", **PRODUCT)
+MIXED_LINEAR = Operands("mixed_linear", x="float * _", **PRODUCT, addend="float * N")
+READ_LINEAR = Operands("mixed_linear", x="float * K", **PRODUCT, addend="float * N")
 """Where few rows take the weight-only path, which reads x."""
 WEIGHT_ONLY = Operands(
-    "weight_only_linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N"
+    "weight_only_linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N",
+    addend="float * N",
+)  # fmt: skip
+FORMATTED_WEIGHT_ONLY = Operands(
+    "weight_only_linear", x="float * K", weight_codes="bytes N _", bias="float N", addend="float * N"
 )
+"""Where a format says how codes, scales and zero points lie: see `formatted_weight`."""
 REFRESH = Operands(
     "refresh_outlier_weights", codes="any * K", index="int32 C", count="int32 1+", cached_index="int32 C",
     outlier_weight="float N C", weight_codes="codes N K", weight_scale="fp32 N",
@@ -226,3 +233,48 @@ LINEAR = Operands(
     "linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N", **STATE,
     cached_index="int32 C", outlier_weight="float N C", original="float N K | empty",
 )  # fmt: skip
+
+
+def formatted_weight(
+    operator: str,
+    weight: TensorFormat,
+    in_features: int,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+) -> None:
+    """Raises OperandError where codes, scales and zero points do not lie as a weight's format says."""
+    if weight.signed != (weight_zero is None):
+        has = "has no zero points" if weight_zero is None else "is given zero points"
+        rule = "counts from 0, and has" if not weight.signed else "is signed, and has no"
+        raise OperandError(
+            f"mixq::{operator}: the weight {has}, but its format {weight} {rule} zero points: "
+            f"{'give weight_zero' if weight_zero is None else 'leave weight_zero out'}."
+        )
+    wanted: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
+        "weight_codes": (
+            weight_codes,
+            codes_dtype(weight),
+            weight.codes_shape(weight_codes.shape[0], in_features),
+        )
+    }
+    scales = weight.scale_shape(weight_codes.shape[0], in_features)
+    wanted["weight_scale"] = (weight_scale, torch.float32, scales)
+    if weight_zero is not None:
+        wanted["weight_zero"] = (weight_zero, torch.uint8, scales)
+    for name, (tensor, dtype, shape) in wanted.items():
+        if tensor.dtype != dtype:
+            raise OperandError(
+                f"mixq::{operator}: {name} has the dtype {_name(tensor.dtype)}: in the format {weight} it "
+                f"must be {_name(dtype)}."
+            )
+        if tensor.device != weight_codes.device:
+            raise OperandError(
+                f"mixq::{operator}: {name} is on {tensor.device}, and others are on {weight_codes.device}: "
+                "move the module and its input to one device."
+            )
+        if tensor.dim() != len(shape) or any(map(_differ, tensor.shape, shape)):
+            raise OperandError(
+                f"mixq::{operator}: {name} has the shape {_text(tensor.shape)}: in the format {weight} it "
+                f"must be {_text(shape)}, because x has K = {in_features}."
+            )

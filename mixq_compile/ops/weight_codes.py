@@ -46,7 +46,7 @@ def format_of(weight_codes: Tensor) -> TensorFormat:
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Packs int8 codes in [-8, 7], `[N, K]`, into uint8 `[N, ceil(K/2)]`; an odd K pads with code 0."""
+    """Packs codes in [-8, 7], or in [0, 15], `[N, K]`, into uint8 `[N, ceil(K/2)]`; an odd K pads with 0."""
     rows, columns = codes.shape
     if columns % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
@@ -56,11 +56,16 @@ def pack_int4(codes: Tensor) -> Tensor:
     return out.copy_(packed)
 
 
-def unpack_int4(packed: Tensor, columns: int) -> Tensor:
-    """The int8 codes `[N, columns]` of a packed weight."""
+def unpack_uint4(packed: Tensor, columns: int) -> Tensor:
+    """The codes 0 to 15, int8 `[N, columns]`, of a packed weight."""
     low = (packed & 0xF).to(torch.int8)
     high = (packed >> 4).to(torch.int8)
-    both = torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
+    return torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """The int8 codes `[N, columns]` of a packed weight."""
+    both = unpack_uint4(packed, columns)
     return torch.where(both > 7, both - 16, both)
 
 
@@ -116,3 +121,39 @@ def quantize_weight(weight: Tensor, recipe: WeightRecipe) -> tuple[Tensor, Tenso
 def dequantize_weight(weight_codes: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
     """The fp32 weight `[N, K]` that codes and scales `[N]` stand for."""
     return integer_codes(weight_codes, in_features).float() * weight_scale[:, None]
+
+
+def refused_weight_format(weight: TensorFormat) -> str | None:
+    """Why `dequantize_formatted` does not know what codes of a format mean; None where it does."""
+    if weight.bits in (4, 8) and weight.scale == "float32":
+        return None
+    return f"it computes with codes of 4 and 8 bits and fp32 scales, not with {weight}"
+
+
+def dequantize_formatted(
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+    weight: TensorFormat,
+    in_features: int,
+) -> Tensor:
+    """The fp32 weight `[N, K]`, `(codes - zero) * scale`, with scales and zero points `[N]` or `[N, G]`.
+
+    Raises OptionError for a format whose codes have another meaning.
+    """
+    if (reason := refused_weight_format(weight)) is not None:
+        raise OptionError(f"the reference cannot compute with this weight: {reason}.")
+    if weight.bits == 4:
+        unpack = unpack_int4 if weight.signed else unpack_uint4
+        codes = unpack(weight_codes, in_features).float()
+    else:
+        codes = weight_codes.float()
+
+    def of_each_column(values: Tensor) -> Tensor:
+        if weight.group is None:
+            return values[:, None]
+        return values.repeat_interleave(weight.group, dim=1)[:, :in_features]
+
+    if weight_zero is not None:
+        codes = codes - of_each_column(weight_zero.float())
+    return codes * of_each_column(weight_scale)

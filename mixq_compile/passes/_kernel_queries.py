@@ -7,10 +7,10 @@ from typing import Any
 from torch.fx import Node
 
 from mixq_compile.errors import PipelineError
-from mixq_compile.formats import INT8
+from mixq_compile.formats import INT8, TensorFormat
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
-from mixq_compile.ops.operands import operand
+from mixq_compile.ops.operands import given_operands, operand, signature_of
 from mixq_compile.ops.traits import traits_of
 from mixq_compile.ops.weight_codes import format_of
 
@@ -29,7 +29,13 @@ def kernel_query(graph: CapturedGraph, node: Node, operator: Any = None) -> prov
     source = operand(node, traits.source)
     value = graph.value(source[0] if isinstance(source, (list, tuple)) else source)
     weight = format_of(graph.value(operand(node, "weight_codes"))) if traits.product else INT8
-    return providers.KernelQuery(traits.name, value.device, value.dtype, weight)
+    signature, given = signature_of(target), given_operands(node)
+    if text := given.get("weight_format"):
+        weight = TensorFormat.parse(text)
+    optional = frozenset(
+        name for name, default in signature.defaults.items() if given.get(name, default) != default
+    )
+    return providers.KernelQuery(traits.name, value.device, value.dtype, weight, operands=optional)
 
 
 def why_only_reference(graph: CapturedGraph, node: Node, operator: Any) -> str | None:
