@@ -10,7 +10,8 @@ thing:
   low-rank factors `left` and `right`, and `weight_format`, the text of a format that codes do not tell;
 - the buffers of the outlier state, by STATE_FIELDS;
 - `format` of the activation's codes, `miss` (the policy's answer to an unknown column), `small_m`, `kernel`;
-- `row_mask`, where some rows teach nothing.
+- `row_mask`, where some rows teach nothing; `addend`, what is added to the result `[..., N]`; where a linear
+  is weight-only also `weight_zero` and `weight_format`.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def run_kernel(step: Step, given: Mapping[str, Any]) -> Any:
     required = arguments[: signature.required]
     source = given[step.traits.source]
     tensor = source[0] if isinstance(source, list) else source
-    weight = format_name(given["weight_codes"]) if step.traits.product else providers.ANY_WEIGHT
+    weight = providers.ANY_WEIGHT
+    if step.traits.product:
+        weight = given.get("weight_format") or format_name(given["weight_codes"])
     activation = given["format"] if step.traits.quantizes else providers.ANY_ACTIVATION
     call = (step.traits.name, required[-1], tensor, weight, activation, *required[:-1])
     if len(arguments) == len(required):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.providers import ANY_ACTIVATION, ANY_WEIGHT, run
+from mixq_compile.ops.providers import ANY_ACTIVATION, ANY_WEIGHT, run, run_with
 from mixq_compile.ops.shared_declarations import LAYOUT
 from mixq_compile.ops.traits import declare
 
@@ -22,9 +20,18 @@ def dequantize(
     weight_scale: Tensor,
     bias: Tensor | None,
     kernel: str,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """`accumulator * scale * weight_scale + outlier_product + bias`, in fp32, rounded once to x's dtype."""
-    operand_checks.DEQUANTIZE.check(x, accumulator, outlier_product, scale, weight_scale, bias)
+    """`accumulator * scale * weight_scale + outlier_product + bias`, in fp32, rounded once to x's dtype.
+
+    addend `[..., N]` is added too: by kernels that have no place for it behind that rounding, with another.
+    """
+    operand_checks.DEQUANTIZE.check(x, accumulator, outlier_product, scale, weight_scale, bias, addend)
+    if addend is not None:
+        return run_with(  # type: ignore[no-any-return]
+            {"addend": addend}, "dequantize", kernel, x, ANY_WEIGHT, ANY_ACTIVATION,
+            x, accumulator, outlier_product, scale, weight_scale, bias,
+        )  # fmt: skip
     return run(  # type: ignore[no-any-return]
         "dequantize", kernel, x, ANY_WEIGHT, ANY_ACTIVATION,
         x, accumulator, outlier_product, scale, weight_scale, bias,
@@ -39,10 +46,11 @@ def _(
     scale: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    *others: Any,
+    kernel: str,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    operand_checks.DEQUANTIZE.examine(x, accumulator, outlier_product, scale, weight_scale, bias)
+    operand_checks.DEQUANTIZE.examine(x, accumulator, outlier_product, scale, weight_scale, bias, addend)
     return x.new_empty(accumulator.shape)
 
 
-declare(dequantize, rows=("weight_scale", "bias"))
+declare(dequantize, rows=("weight_scale", "bias"), columns=("addend",))

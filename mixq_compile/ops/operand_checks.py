@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "int8": (torch.int8,),
     "bool": (torch.bool,),
     "codes": (torch.int8, torch.uint8),
+    "bytes": (torch.int8, torch.uint8),
     "any": (),
 }
 REMEMBERED = 1024
@@ -253,10 +254,10 @@ QUANTIZE_AFFINE = Operands(
 MIXED_GEMM = Operands("mixed_gemm", **{k: v for k, v in PRODUCT.items() if "scale" not in k and k != "bias"})
 DEQUANTIZE = Operands(
     "dequantize", x="float * _", accumulator="int32 * N", outlier_product="fp32 * N", scale="fp32 *",
-    weight_scale="fp32 N", bias="float N",
+    weight_scale="fp32 N", bias="float N", addend="float * N",
 )  # fmt: skip
-MIXED_LINEAR = Operands("mixed_linear", x="float * _", **PRODUCT)
-READ_LINEAR = Operands("mixed_linear", x="float * K", **PRODUCT)
+MIXED_LINEAR = Operands("mixed_linear", x="float * _", **PRODUCT, addend="float * N")
+READ_LINEAR = Operands("mixed_linear", x="float * K", **PRODUCT, addend="float * N")
 """Where few rows take the weight-only path, which reads x."""
 GROUPED_LINEAR = Operands(
     "grouped_linear", codes="int8 * K", scale="fp32 *", outliers="float * C", count="int32 1+",
@@ -264,8 +265,13 @@ GROUPED_LINEAR = Operands(
 )  # fmt: skip
 """But for the tensors whose shape the format of the weight says: see `examine_weight`."""
 WEIGHT_ONLY = Operands(
-    "weight_only_linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N"
+    "weight_only_linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N",
+    addend="float * N",
+)  # fmt: skip
+FORMATTED_WEIGHT_ONLY = Operands(
+    "weight_only_linear", x="float * K", weight_codes="bytes N _", bias="float N", addend="float * N"
 )
+"""Where a format says how codes, scales and zero points lie: see `examine_weight`."""
 REFRESH = Operands(
     "refresh_outlier_weights", codes="any * K", index="int32 C", count="int32 1+", cached_index="int32 C",
     outlier_weight="float N C", weight_codes="codes N K", weight_scale="fp32 N",

@@ -26,6 +26,8 @@ from mixq_compile.ops.activation_codes import code_bits
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+ADDED_BEHIND = frozenset({"addend"})
+"""Operands that `run_with` adds to the result of a kernel that has no place for them."""
 ANY_WEIGHT = ANY_ACTIVATION = str(INT8)
 """What `run` is told where an operator takes no codes of that kind, or where their format is all one."""
 _KERNELS_FOLDER = Path(__file__).parent.parent / "kernels"
@@ -76,7 +78,7 @@ class Provider:
 
     def verdict(self, query: KernelQuery) -> bool | str:
         """True, or why it does not serve a call: `supports` says it, or an operand has no place."""
-        if lacking := sorted(query.operands - self.takes):
+        if lacking := sorted(query.operands - self.takes - ADDED_BEHIND):
             return f"it has no place for {', '.join(lacking)}"
         return self.supports(query)
 
@@ -224,7 +226,7 @@ def _chosen_with(
     if kernel == AUTO:
         return choose(query)
     found = named(op, kernel)
-    if lacking := sorted(given - found.takes):
+    if lacking := sorted(given - found.takes - ADDED_BEHIND):
         raise KernelError(f"kernel {kernel!r} of mixq::{op} has no place for {', '.join(lacking)}.")
     return found
 
@@ -240,11 +242,18 @@ def run_with(
 ) -> Any:
     """As `run`, for a call that gives operands which have a default: by a provider that takes them.
 
-    Raises KernelError where the named one does not, or none does.
+    An `addend` is added in fp32 to the result of a kernel that does not take it, at the cost of one more
+    rounding. Raises KernelError where a named provider does not take another, or none does.
     """
     given = frozenset(optional)
     found = _chosen_with(op, kernel, x.device, x.dtype, weight, activation, given)
-    return found.function(*arguments, **optional)
+    if given <= found.takes:
+        return found.function(*arguments, **optional)
+    taken = {name: value for name, value in optional.items() if name in found.takes}
+    result = found.function(*arguments, **taken)
+    for name in ADDED_BEHIND & (given - found.takes):
+        result = (result.float() + optional[name].float()).to(result.dtype)
+    return result
 
 
 def supporting(query: KernelQuery, kernel: str) -> Provider:
@@ -274,12 +283,16 @@ def linear_query(
 
     A product does not see the zero points of an activation: its codes are integers of as many bits.
     """
+    told = weight in (INT4, INT8)
+    given: frozenset[str] = frozenset()
     if activation is None:
         op = "weight_only_linear"
+        if not told:
+            given = frozenset({"weight_format"} if weight.signed else {"weight_format", "weight_zero"})
     else:
-        op = "mixed_linear" if weight in (INT4, INT8) else "grouped_linear"
+        op = "mixed_linear" if told else "grouped_linear"
         activation = dataclasses.replace(activation, signed=True)
-    return KernelQuery(op, x.device, x.dtype, weight, activation, in_features, out_features)
+    return KernelQuery(op, x.device, x.dtype, weight, activation, in_features, out_features, given)
 
 
 def refused_format(query: KernelQuery) -> str | None:

@@ -22,7 +22,7 @@ def no_kernel(x: Tensor, out_features: int, in_features: int, scheme: QuantSchem
     queries = [providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)]
     if scheme.activation is not None:
         op = "quantize" if scheme.activation.signed else "quantize_affine"
-        queries.append(KernelQuery(op, x.device, x.dtype, activation=scheme.activation))
+        queries.insert(0, KernelQuery(op, x.device, x.dtype, activation=scheme.activation))
     for query in queries:
         chosen, refused = providers.rejections(query)
         if chosen is None:

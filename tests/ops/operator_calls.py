@@ -13,7 +13,7 @@ from mixq_compile import ops
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.outlier_state import OutlierState
-from mixq_compile.ops.weight_codes import quantize_weight
+from mixq_compile.ops.weight_codes import codes_dtype, quantize_weight
 from mixq_compile.scheme import WeightRecipe
 from mixq_compile.weights.recipe import make
 
@@ -57,6 +57,8 @@ class Shape:
     dtype: torch.dtype = torch.float32
     small_m: int = 0
     miss: str = "exact"
+    weight_format: str = ""
+    """Of the weight-only operator's weight, where a dtype does not tell it."""
     padded: bool = False
     """Whether every second row teaches nothing, and the operands with a default are given."""
 
@@ -78,6 +80,9 @@ SHAPES: dict[str, Shape] = {
     "lazy": Shape(miss="lazy"),
     "per_call": Shape(miss="per_call"),
     "vector": Shape(leading=()),
+    "in_groups": Shape(in_features=51, weight_format="int4/16"),
+    "zero_points": Shape(in_features=51, weight_format="uint4/16"),
+    "zero_points_of_rows": Shape(weight_format="uint8"),
     "padded": Shape(leading=(2, 3), padded=True),
     "padded_per_call": Shape(miss="per_call", padded=True),
 }
@@ -130,6 +135,27 @@ def quantized(t: Tensors, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _addend(t: Tensors, shape: Shape) -> Tensor | None:
+    if not shape.padded:
+        return None
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*shape.leading, shape.out_features, generator=generator).to(shape.dtype)
+
+
+def formatted_weight(
+    weight: TensorFormat, out_features: int, in_features: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random codes, scales and zero points of a format, as they lie in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, row_bytes = weight.codes_shape(out_features, in_features)
+    low, high = (0, 256) if codes_dtype(weight) == torch.uint8 else (-128, 128)
+    codes = torch.randint(low, high, (rows, row_bytes), generator=generator).to(codes_dtype(weight))
+    shape = weight.scale_shape(out_features, in_features)
+    scale = torch.rand(shape, generator=generator) + 0.1
+    zero = torch.randint(0, 1 << weight.bits, shape, generator=generator).to(torch.uint8)
+    return codes, scale, None if weight.signed else zero
+
+
 def _quantize(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     state = t.state
     return t.x, state.index, state.column_slot, state.counters, shape.activation, shape.small_m, "ref"
@@ -163,14 +189,14 @@ def _mixed_gemm(t: Tensors, shape: Shape) -> tuple[Any, ...]:
 def _dequantize(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     _, scale, _ = quantized(t, shape)
     accumulator, product = ops.mixed_gemm(*_mixed_gemm(t, shape))
-    return t.x, accumulator, product, scale, t.scale, t.bias, "ref"
+    return t.x, accumulator, product, scale, t.scale, t.bias, "ref", _addend(t, shape)
 
 
 def _mixed_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     codes, scale, outliers = quantized(t, shape)
     return (
         t.x, codes, scale, outliers, t.state.counters, t.codes, t.scale, t.outlier_weight, t.bias,
-        shape.small_m, "ref",
+        shape.small_m, "ref", _addend(t, shape),
     )  # fmt: skip
 
 
@@ -186,12 +212,16 @@ def _grouped_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
 
 
 def _activated_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:
-    *operands, small_m, kernel = _mixed_linear(t, shape)
+    *operands, small_m, kernel, _ = _mixed_linear(t, shape)
     return *operands, "silu", shape.out_features % 2 == 0, small_m, kernel
 
 
 def _weight_only(t: Tensors, shape: Shape) -> tuple[Any, ...]:
-    return t.x, t.codes, t.scale, t.bias, "ref"
+    addend = _addend(t, shape)
+    if not shape.weight_format:
+        return t.x, t.codes, t.scale, t.bias, "ref", addend, None, ""
+    codes, scale, zero = formatted_weight(TensorFormat.parse(shape.weight_format), *t.weight.shape)
+    return t.x, codes, scale, t.bias, "ref", addend, zero, shape.weight_format
 
 
 def _quantized_linear(t: Tensors, shape: Shape) -> tuple[Any, ...]:

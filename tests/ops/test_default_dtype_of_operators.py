@@ -29,7 +29,7 @@ def test_bits(operator: str, label: str, name: str) -> None:
         names = [
             argument.name for argument in operator_calls.OPERATORS[operator]._opoverload._schema.arguments
         ]
-        arguments = [kernel if name == "kernel" else item for name, item in zip(names, given, strict=True)]
+        arguments = [kernel if name == "kernel" else value for name, value in zip(names, given, strict=True)]
 
         def run(arguments: Any = arguments) -> Any:
             own = tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, arguments)
