@@ -15,7 +15,7 @@ COMPUTED = (INT8, INT4)
 def code_bits(format: str) -> int:
     """Bits of the codes of an activation in a format such as `int8`: 8 or 4.
 
-    Looked up in every call, parsed once. Raises OptionError for a text that names no format, and for a
+    Looked up, not parsed, in every call. Raises OptionError for a text that names no format, and for a
     format that no quantization writes.
     """
     parsed = TensorFormat.parse(format)
@@ -27,6 +27,7 @@ def code_bits(format: str) -> int:
     return parsed.bits
 
 
+@functools.lru_cache(maxsize=256)
 def largest_code(format: str) -> int:
     """The largest code of an activation in a format: 127 or 7. Raises OptionError as `code_bits` does."""
     return (1 << (code_bits(format) - 1)) - 1

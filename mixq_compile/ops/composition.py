@@ -7,7 +7,8 @@ thing:
 
 - `x`, and of the weight `weight_codes`, `weight_scale`, `outlier_weight`, `bias`, `cached_index`, `original`;
 - the buffers of the outlier state, by STATE_FIELDS;
-- `format` of the activation's codes, `miss` (the policy's answer to an unknown column), `small_m`, `kernel`.
+- `format` of the activation's codes, `miss` (the policy's answer to an unknown column), `small_m`, `kernel`;
+- `row_mask`, where some rows teach nothing.
 """
 
 from __future__ import annotations
@@ -75,12 +76,20 @@ def run_operator(step: Step, given: Mapping[str, Any]) -> Any:
 
 def run_kernel(step: Step, given: Mapping[str, Any]) -> Any:
     """Computes without the operator: for operands that are known to fit, and caches that are this call's."""
-    *arguments, kernel = step.signature.pick(given)
+    signature = step.signature
+    arguments = signature.pick(given)
+    required = arguments[: signature.required]
     source = given[step.traits.source]
     tensor = source[0] if isinstance(source, list) else source
     weight = format_name(given["weight_codes"]) if step.traits.product else providers.ANY_WEIGHT
     activation = given["format"] if step.traits.quantizes else providers.ANY_ACTIVATION
-    return providers.run(step.traits.name, kernel, tensor, weight, activation, *arguments)
+    call = (step.traits.name, required[-1], tensor, weight, activation, *required[:-1])
+    if len(arguments) == len(required):
+        return providers.run(*call)
+    names = signature.positional[len(required) :]
+    optional = dict(zip(names, arguments[len(required) :], strict=False))
+    optional = {name: value for name, value in optional.items() if value is not signature.defaults[name]}
+    return providers.run_with(optional, *call) if optional else providers.run(*call)
 
 
 def check_taken(names: Iterable[str]) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.composition import (
-    QUANTIZE_ONLINE,
     STATIC,
     multiplied,
     quantized,
@@ -59,8 +58,6 @@ def linear(
     """
     parsed = LinearRecipe.parse(recipe)
     given = parsed.named(weight, state, cache)
-    if row_mask is not None and "row_mask" not in QUANTIZE_ONLINE.signature.names:
-        raise NotImplementedError
     given |= {"x": x, "bias": bias, "row_mask": row_mask, "kernel": AUTO}
     operand_checks.LINEAR.check(*operand_checks.LINEAR.select(given))
     # Not through the operators: each would cost a dispatch and check again what fits already.
@@ -93,7 +90,8 @@ def _(
     recipe: str,
 ) -> Tensor:
     given: dict[str, Any] = LinearRecipe.parse(recipe).named(weight, state, cache)
-    operand_checks.LINEAR.examine(*operand_checks.LINEAR.select({**given, "x": x, "bias": bias}))
+    given |= {"x": x, "bias": bias, "row_mask": row_mask}
+    operand_checks.LINEAR.examine(*operand_checks.LINEAR.select(given))
     return x.new_empty((*x.shape[:-1], given["weight_codes"].shape[0]))
 
 

@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "fp32": (torch.float32,),
     "int32": (torch.int32,),
     "int8": (torch.int8,),
+    "bool": (torch.bool,),
     "codes": (torch.int8, torch.uint8),
     "any": (),
 }
@@ -245,7 +246,7 @@ PRODUCT = {
 }
 
 QUANTIZE = Operands("quantize", x="float * K", index="int32 C", column_slot="int32 K", count="int32 1+")
-QUANTIZE_ONLINE = Operands("quantize_online", x="float * K", **STATE)
+QUANTIZE_ONLINE = Operands("quantize_online", x="float * K", **STATE, row_mask="bool *")
 QUANTIZE_AFFINE = Operands(
     "quantize_affine", x="float * K", index="int32 C", column_slot="int32 K", count="int32 1+"
 )
@@ -277,5 +278,5 @@ QUANTIZED_LINEAR = Operands(
 )  # fmt: skip
 LINEAR = Operands(
     "linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N", **STATE,
-    cached_index="int32 C", outlier_weight="float N C", original="float N K | empty",
+    cached_index="int32 C", outlier_weight="float N C", original="float N K | empty", row_mask="bool *",
 )  # fmt: skip

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import logging
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class KernelQuery:
     """Format of the activation's codes; None where it stays in 16 bit."""
     in_features: int | None = None
     out_features: int | None = None
+    operands: frozenset[str] = frozenset()
+    """Operands that the call gives although they have a default: a kernel need not have a place for them."""
 
 
 Supports = Callable[[KernelQuery], "bool | str"]
@@ -68,18 +70,32 @@ class Provider:
     """Largest M that the weight-only path serves better; None means that path is never better."""
     merges: Supports | None = None
     """Whether one product with the rows of several weights beats a product for each; None: not known to."""
+    takes: frozenset[str] = frozenset()
+    """The operands with a default that its function has a place for."""
+
+    def verdict(self, query: KernelQuery) -> bool | str:
+        """True, or why it does not serve a call: `supports` says it, or an operand has no place."""
+        if lacking := sorted(query.operands - self.takes):
+            return f"it has no place for {', '.join(lacking)}"
+        return self.supports(query)
 
 
 _PROVIDERS: dict[str, dict[str, Provider]] = {}
 _SIGNATURES: dict[str, tuple[str, ...]] = {}
+"""By operator: the operands that every provider takes."""
+_OPTIONAL: dict[str, tuple[str, ...]] = {}
+"""By operator: the operands with a default, which a provider may lack."""
 announced: set[tuple[str, str]] = set()
 """Operators and devices of which it has been said that they run the slow reference."""
 
 
 def declare(op: str, function: Callable[..., Any]) -> None:
-    """Records an operator's argument names (without the trailing `kernel`), for providers to match."""
-    names = tuple(inspect.signature(function).parameters)
-    _SIGNATURES[op] = tuple(name for name in names if name != "kernel")
+    """Records an operator's argument names (without `kernel`, the last that has no default), for providers
+    to match."""
+    parameters = inspect.signature(function).parameters
+    optional = tuple(name for name, given in parameters.items() if given.default is not given.empty)
+    _SIGNATURES[op] = tuple(name for name in parameters if name not in (*optional, "kernel"))
+    _OPTIONAL[op] = optional
 
 
 def provider(
@@ -94,20 +110,23 @@ def provider(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as provider `name` of operator `op`.
 
-    Raises KernelError where its argument names differ from the operator's.
+    Raises KernelError where its argument names differ from the operator's. It may lack operands that have a
+    default: calls that give them take another provider.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if op not in _SIGNATURES:
             raise unknown_name("operator", op, _SIGNATURES)
         found = tuple(inspect.signature(function).parameters)
-        if found != _SIGNATURES[op]:
+        takes = tuple(operand for operand in _OPTIONAL[op] if operand in found)
+        if found != (*_SIGNATURES[op], *takes):
+            may = f", and may have {_OPTIONAL[op]}" if _OPTIONAL[op] else ""
             raise KernelError(
                 f"provider {name!r} of mixq::{op} takes {found}, but the operator has "
-                f"{_SIGNATURES[op]}: give it the same arguments in the same order."
+                f"{_SIGNATURES[op]}{may}: give it the same arguments in the same order."
             )
         _PROVIDERS.setdefault(op, {})[name] = Provider(
-            op, name, function, supports, priority, speedup, small_batch, merges
+            op, name, function, supports, priority, speedup, small_batch, merges, frozenset(takes)
         )
         return function
 
@@ -139,7 +158,7 @@ def rejections(query: KernelQuery) -> tuple[Provider | None, dict[str, str]]:
     """The preferred provider that supports the query, and for each refused one its reason."""
     refused: dict[str, str] = {}
     for entry in providers_of(query.op):
-        verdict = entry.supports(query)
+        verdict = entry.verdict(query)
         if verdict is True:
             return entry, refused
         refused[entry.name] = str(verdict)
@@ -192,12 +211,47 @@ def run(op: str, kernel: str, x: torch.Tensor, weight: str, activation: str, *ar
     return named(op, kernel).function(*arguments)
 
 
+@functools.lru_cache(maxsize=4096)
+def _chosen_with(
+    op: str, kernel: str, device: torch.device, dtype: torch.dtype, weight: str, activation: str,
+    given: frozenset[str],
+) -> Provider:  # fmt: skip
+    """The provider of a call that gives operands which have a default."""
+    code_bits(activation)
+    formats = TensorFormat.parse(weight), TensorFormat.parse(activation)
+    query = KernelQuery(op, device, dtype, *formats, operands=given)
+    if kernel == AUTO:
+        return choose(query)
+    found = named(op, kernel)
+    if lacking := sorted(given - found.takes):
+        raise KernelError(f"kernel {kernel!r} of mixq::{op} has no place for {', '.join(lacking)}.")
+    return found
+
+
+def run_with(
+    optional: Mapping[str, Any],
+    op: str,
+    kernel: str,
+    x: torch.Tensor,
+    weight: str,
+    activation: str,
+    *arguments: Any,
+) -> Any:
+    """As `run`, for a call that gives operands which have a default: by a provider that takes them.
+
+    Raises KernelError where the named one does not, or none does.
+    """
+    given = frozenset(optional)
+    found = _chosen_with(op, kernel, x.device, x.dtype, weight, activation, given)
+    return found.function(*arguments, **optional)
+
+
 def supporting(query: KernelQuery, kernel: str) -> Provider:
     """Provider `kernel`, or under `"auto"` the preferred one. Raises KernelError where it refuses."""
     if kernel == AUTO:
         return choose(query)
     provider = named(query.op, kernel)
-    verdict = provider.supports(query)
+    verdict = provider.verdict(query)
     if verdict is not True:
         raise KernelError(f"kernel {kernel!r} cannot run mixq::{query.op} on {query.device}: {verdict}.")
     return provider

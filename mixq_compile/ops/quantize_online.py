@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.outlier_state import STATE_FIELDS
-from mixq_compile.ops.providers import ANY_WEIGHT, run
+from mixq_compile.ops.providers import ANY_WEIGHT, run, run_with
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, quantized_like
 from mixq_compile.ops.traits import declare
 
@@ -27,13 +25,23 @@ def quantize_online(
     miss: str,
     small_m: int,
     kernel: str,
+    row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantizes rows with the outlier columns known so far, and learns new ones (docs/semantics.md).
 
     Only rows whose scale is below `TEACHING_LIMIT` are learned from, under `per_call` all finite ones.
     Like `quantize`, and returns count int32 `[1]`: how many of the outlier slots this call used.
+    row_mask bool `[...]`: nothing is learned from rows where it is False, such as those that pad a batch;
+    they are quantized as all others are. None: every row teaches.
     """
-    operand_checks.QUANTIZE_ONLINE.check(x, index, column_slot, column_max, counters, effective_threshold)
+    operand_checks.QUANTIZE_ONLINE.check(
+        x, index, column_slot, column_max, counters, effective_threshold, row_mask
+    )
+    if row_mask is not None:
+        return run_with(  # type: ignore[no-any-return]
+            {"row_mask": row_mask}, "quantize_online", kernel, x, ANY_WEIGHT, format,
+            x, index, column_slot, column_max, counters, effective_threshold, format, miss, small_m,
+        )  # fmt: skip
     return run(  # type: ignore[no-any-return]
         "quantize_online", kernel, x, ANY_WEIGHT, format,
         x, index, column_slot, column_max, counters, effective_threshold, format, miss, small_m,
@@ -49,10 +57,15 @@ def _(
     counters: Tensor,
     effective_threshold: Tensor,
     format: str,
-    *others: Any,
+    miss: str,
+    small_m: int,
+    kernel: str,
+    row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     code_bits(format)
-    operand_checks.QUANTIZE_ONLINE.examine(x, index, column_slot, column_max, counters, effective_threshold)
+    operand_checks.QUANTIZE_ONLINE.examine(
+        x, index, column_slot, column_max, counters, effective_threshold, row_mask
+    )
     return *quantized_like(x, index.shape[0]), index.new_empty(1)
 
 

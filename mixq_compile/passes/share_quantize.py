@@ -34,11 +34,15 @@ SMALL_M = "small_m"
 def _policy_key(node: Node) -> str:
     """What must be equal for two quantizations of one value to be the same."""
     view = Annotations(node)
-    given = {name: value for name, value in operands(node).items() if name != SMALL_M}
+    traits = traits_of(node.target)
+    own = {SMALL_M, *(traits.state if traits is not None else ())}
+    given = {name: value for name, value in operands(node).items() if name not in own}
     return json.dumps(
         {
             "operator": str(node.target),
-            "operands": {name: value for name, value in given.items() if not isinstance(value, Node)},
+            "operands": {
+                name: str(value) if isinstance(value, Node) else value for name, value in given.items()
+            },
             "policy": view.policy,
             "columns": view.outlier_columns,
         }

@@ -21,7 +21,8 @@ from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.state_access import LEARNING, state_access
 from mixq_compile.runtime import torch_compat
 from mixq_compile.runtime.options import MixqOptions
-from mixq_compile.runtime.weight_store import STORE, WeightCodes
+from mixq_compile.runtime.stored_weight import StoredWeight
+from mixq_compile.runtime.weight_store import STORE
 from mixq_compile.runtime.weight_watch import WeightWatch
 
 
@@ -69,8 +70,8 @@ class CompiledGraph:
         self.dropped = tuple(tensor for node in unread if (tensor := graph.tensor(node)) is not None)
         """The parameters and buffers that the lowered graph does not read."""
         self._kept = [place for place, node in enumerate(placeholders) if node not in unread]
-        self._packed: list[tuple[int, list[WeightCodes]]] = []
-        watched: list[tuple[int, Tensor, WeightCodes]] = []
+        self._packed: list[tuple[int, list[StoredWeight]]] = []
+        watched: list[tuple[int, Tensor, StoredWeight]] = []
         self._trainable: list[int] = []
         self._activations: list[tuple[int, str]] = []
         for place, (node, tensor) in enumerate(zip(placeholders, owned, strict=True)):

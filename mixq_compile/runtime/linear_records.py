@@ -64,7 +64,7 @@ def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[
     codes = STORE.codes(weight) if weight is not None else []
     if weight is not None and codes:
         rows, columns = weight.shape
-        return (columns, rows) if codes[0].transposed else (rows, columns)
+        return (columns, rows) if codes[0].key.transposed else (rows, columns)
     if weight is not None and node.target is not aten.linear.default:
         return hint_of(weight.shape[-2]) or 0, hint_of(weight.shape[-1]) or 0
     values = (graph.value(_weight_of(graph, node)), graph.value(node))

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixq_compile.errors import MixqError
 from mixq_compile.ir.free_memory import free_bytes
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.weights.recipe import nbytes
 
 log = logging.getLogger(__name__)
 
@@ -55,4 +56,4 @@ def packed_bytes(weight: Tensor, scheme: QuantScheme) -> int:
     out_features, in_features = weight.shape
     slots = scheme.outliers.capacity_for(in_features) if scheme.outliers is not None else 0
     outliers = slots * (out_features * weight.element_size() + INDEX_BYTES)
-    return scheme.weight.nbytes(out_features, in_features) + outliers
+    return nbytes(scheme.recipe, out_features, in_features, weight.dtype) + outliers

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from mixq_compile.runtime.stored_weight import StoredWeight
 from mixq_compile.runtime.weight_content import block_count, block_rows, content_sum
-from mixq_compile.runtime.weight_store import STORE, WeightCodes
+from mixq_compile.runtime.weight_store import STORE
 
 SHARE = 0.005
 """The part of a graph's time that looking at its weights may take."""
@@ -29,7 +30,7 @@ class WeightWatch:
     On a GPU the comparison is launched and its outcome read at a later look: nothing waits.
     """
 
-    def __init__(self, weights: Sequence[tuple[int, Tensor, WeightCodes]]) -> None:
+    def __init__(self, weights: Sequence[tuple[int, Tensor, StoredWeight]]) -> None:
         """Watches weights, each given with its place among a graph's arguments and its codes."""
         self._weights = [(place, codes) for place, _, codes in weights]
         self._watched = [weakref.ref(weight) for _, weight, _ in weights]

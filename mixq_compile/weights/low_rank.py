@@ -13,7 +13,7 @@ from torch import Tensor
 from mixq_compile.errors import MixqError
 
 SMALLEST_MAGNITUDE = 1e-4
-EXACT_SIZE = 512
+EXACT_SIZE = 256
 """A matrix with a side of at most this is decomposed exactly, larger ones by random projections."""
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,22 @@ Part = tuple[tuple[int, ...], torch.dtype]
 
 MAGNITUDES = "mean_magnitude"
 """The statistics `[K]` by which a low-rank part weighs channels, as calibration names them."""
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """What calibration knows of a linear's input."""
+
+    source: str
+    """Which calibration it is of: the hash of its statistics."""
+    tensors: Mapping[str, Tensor]
+    """By the names under which calibration collects them; such as `mean_magnitude` `[K]`."""
+
+
+def needs(recipe: WeightRecipe) -> tuple[str, ...]:
+    """Names of the statistics that `make` takes for a recipe."""
+    weighted = recipe.low_rank is not None and recipe.low_rank.weighting == "activations"
+    return (*get_solver(recipe.solver).NEEDS, *((MAGNITUDES,) if weighted else ()))
 
 
 def parts(recipe: WeightRecipe, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, Part]:

@@ -503,6 +503,39 @@ def check_absurd_rows_teach_nothing(kernel: str, dtype: torch.dtype, device: tor
             )
 
 
+def check_padding_teaches_nothing(
+    kernel: str, miss: str, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Huge rows that a mask takes out leave state and results of the rows beside them as they are without."""
+    good = [_planted(6, 96, [9, 40]).to(dtype), _planted(6, 96, [9, 71, 5], seed=1).to(dtype)]
+    kept = torch.tensor([True, False, True, True, False, True, True, True, False])
+    padding = torch.full((3, 96), 900.0).to(dtype)
+    padding[2, 7] = torch.nan
+    results = []
+    for padded in (False, True):
+        state = OutlierState.create(96, 16, THRESHOLD, device)
+        state.preload([3])
+        seen = []
+        for rows in good:
+            x, mask = rows, None
+            if padded:
+                x = torch.empty(9, 96, dtype=dtype)
+                x[kept], x[~kept], mask = rows, padding, kept.to(device)
+            outputs = ops.quantize_online(moved(x, device), *state.buffers(), "int8", miss, 0, kernel, mask)
+            call = dict(zip(("codes", "scale", "outliers", "used"), outputs, strict=True))
+            call = {name: value.cpu() for name, value in call.items()}
+            if padded:
+                codes = call["codes"][~kept]
+                assert (codes[:2] != 0).any(dim=1).all(), "padding is quantized as all other rows are"
+                call |= {name: call[name][kept] for name in ("codes", "scale", "outliers")}
+            call |= {name: getattr(state, name).cpu().clone() for name in STATE_FIELDS}
+            seen.append(call)
+        results.append(seen)
+    if miss in ("exact", "lazy"):
+        assert sorted(state.columns()) == [3, 5, 9, 40, 71], "the case learns nothing"
+    assert_same(results[1], results[0])
+
+
 def check_large_sums(
     kernel: str,
     device: torch.device | str,

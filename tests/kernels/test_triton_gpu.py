@@ -300,6 +300,11 @@ def test_exact_calls_end_below_the_threshold():
         assert int(count) == int(state.counters[COUNT])
 
 
+@pytest.mark.parametrize("miss", edge_cases.POLICIES)
+def test_padding_teaches_nothing(miss):
+    edge_cases.check_padding_teaches_nothing("tl", miss, torch.bfloat16, "cuda")
+
+
 def test_is_chosen_on_a_gpu():
     load_providers()
     query = KernelQuery("mixed_linear", torch.device("cuda"), torch.bfloat16, INT8, INT8, 4096, 4096)

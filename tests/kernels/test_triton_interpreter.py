@@ -41,6 +41,12 @@ def test_learning_is_bit_identical(name, miss):
     edge_cases.assert_same(edge_cases.learn(case, "tl", miss, "cpu"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("miss", edge_cases.POLICIES)
+def test_padding_teaches_nothing(miss, dtype):
+    edge_cases.check_padding_teaches_nothing("tl", miss, dtype, "cpu")
+
+
 @pytest.mark.parametrize("name", edge_cases.ONLINE_CASES)
 def test_fixed_columns_are_bit_identical(name):
     case = edge_cases.ONLINE_CASES[name](_some_dtype(name))

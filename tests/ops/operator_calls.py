@@ -57,6 +57,8 @@ class Shape:
     dtype: torch.dtype = torch.float32
     small_m: int = 0
     miss: str = "exact"
+    padded: bool = False
+    """Whether every second row teaches nothing, and the operands with a default are given."""
 
     @property
     def activation(self) -> str:
@@ -76,6 +78,8 @@ SHAPES: dict[str, Shape] = {
     "lazy": Shape(miss="lazy"),
     "per_call": Shape(miss="per_call"),
     "vector": Shape(leading=()),
+    "padded": Shape(leading=(2, 3), padded=True),
+    "padded_per_call": Shape(miss="per_call", padded=True),
 }
 
 
@@ -137,7 +141,8 @@ def _quantize_affine(t: Tensors, shape: Shape) -> tuple[Any, ...]:
 
 
 def _quantize_online(t: Tensors, shape: Shape) -> tuple[Any, ...]:
-    return t.x, *t.state.buffers(), shape.activation, shape.miss, shape.small_m, "ref"
+    mask = (torch.arange(t.x[..., 0].numel()) % 2 == 0).view(shape.leading) if shape.padded else None
+    return t.x, *t.state.buffers(), shape.activation, shape.miss, shape.small_m, "ref", mask
 
 
 def _refresh(t: Tensors, shape: Shape) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import torch
 from compiling import block, compiled, rows
 
 from mixq_compile.errors import MixqError
+from mixq_compile.ops.joint_rows import held_bytes
 from mixq_compile.runtime import memory
 from mixq_compile.runtime.weight_store import STORE, WeightStore
 from mixq_compile.schemes.registry import get_scheme
@@ -31,9 +32,9 @@ def test_a_reserve_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_124_000)
     with pytest.raises(MixqError, match="packing 1 weights"):
         memory.check([(weight, scheme)], keeps_originals=True)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_125_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_134_000)
     memory.check([(weight, scheme)], keeps_originals=True)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 600_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 620_000)
     memory.check([(weight, get_scheme("w4a8o16"))], keeps_originals=True)
 
 
@@ -43,7 +44,7 @@ def test_what_is_counted_is_what_packing_keeps(name: str) -> None:
     weight, scheme = torch.randn(80, 3000, dtype=torch.bfloat16), get_scheme(name)
     packed = WeightStore().pack(weight, scheme, torch.bfloat16)
     kept = (packed.weight_codes, packed.weight_scale, packed.outlier_weight, packed.cached_index)
-    assert memory.packed_bytes(weight, scheme) == sum(tensor.nbytes for tensor in kept)
+    assert memory.packed_bytes(weight, scheme) == sum(held_bytes(tensor) for tensor in kept)
 
 
 def test_an_unknown_amount_of_memory_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,3 +218,34 @@ def test_a_scheme_written_before_low_rank_is_read() -> None:
 def test_a_low_rank_scheme_is_refused_until_linears_compute_it() -> None:
     with pytest.raises(OptionError, match="of rank 4, which no quantized linear computes yet"):
         get_scheme(QuantScheme("mine", "one", INT8, INT8, low_rank=LowRank(4)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("solver", ["absmax", "clip"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_gpu_makes_the_same_bits(fmt: str, solver: str) -> None:
+    """Sums of errors are ordered otherwise there, so that a search may choose a neighbour for one scale."""
+    recipe = WeightRecipe.parse(f"{fmt} {solver} sums")
+    here, there = (
+        make(recipe, weight(300, 500).to(device), torch.float32).named() for device in ("cpu", "cuda")
+    )
+    if solver == "absmax":
+        for name, tensor in there.items():
+            assert torch.equal(tensor.cpu(), here[name]), name
+    same = (there["weight_scale"].cpu() == here["weight_scale"]).float().mean()
+    assert float(same) > 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("size", [0, 10**6], ids=["random projections", "exact"])
+def test_low_rank_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixq_compile.weights.low_rank.EXACT_SIZE", size)
+    recipe = WeightRecipe.parse("int4 absmax rank=16 weighting=activations")
+    inputs = {"mean_magnitude": torch.linspace(0.1, 3, 500)}
+    here, there = (
+        make(recipe, weight(300, 500).to(device), torch.float32, inputs).dequantized(recipe.format, 500)
+        for device in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(there.cpu(), here, rtol=0, atol=1e-3)

@@ -54,7 +54,7 @@ class QuantizeArguments(Structure):
     """State and results of one quantization."""
 
     _fields_ = _fields(
-        "index column_slot counters threshold codes scale outliers used",
+        "index column_slot counters threshold codes scale outliers used row_mask",
         "columns capacity codes_stride",
         "largest_code threads",
     )

@@ -157,6 +157,13 @@ def replace(
     counters[COUNT] = len(kept)
 
 
+def among(teaches: Tensor | None, row_mask: Tensor | None, values: Tensor) -> Tensor | None:
+    """Of the rows of values `[M, K]` that teach those which `row_mask` `[...]` lets teach: for `learn`."""
+    if row_mask is None:
+        return teaches
+    return (finite_rows(values) if teaches is None else teaches) & row_mask.reshape(-1)
+
+
 def learn(values: Tensor, teaches: Tensor | None, state: State, miss: str) -> State:
     """Changes a state by the columns of values `[M, K]` as the policy says; returns the one that now holds.
 
@@ -185,6 +192,7 @@ def quantize_online(
     format: str,
     miss: str,
     small_m: int,
+    row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     matrix = x.reshape(rows_of(x), x.shape[-1])
     if is_small_batch(matrix, small_m) or not matrix.numel():
@@ -195,9 +203,9 @@ def quantize_online(
     state = STATES.current(shared)
     learns = miss != "static" and not int(counters[FROZEN])
     if learns and miss == "per_call":
-        state = learn(values, None, shared, miss)
+        state = learn(values, among(None, row_mask, values), shared, miss)
     codes, scale = _codes_and_scale(values, state[1], largest)
-    teaches = teaching(scale)
+    teaches = teaching(scale) if row_mask is None else teaching(scale) & row_mask.reshape(-1)
     row_maximum = _row_maximum(values, state[1], teaches)
     exceeded = learns and miss != "per_call" and bool((row_maximum > state[4]).any())
     if exceeded and miss != "lazy":

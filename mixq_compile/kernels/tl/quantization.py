@@ -64,6 +64,7 @@ def _quantize(
     effective_threshold,  # [1] fp32
     count_used,  # [1] int32
     scratch,  # int32, see growth
+    row_mask,  # [M] bool, or None
     rows,
     columns,
     slots,
@@ -82,7 +83,8 @@ def _quantize(
         await_previous_launch()
     quantize_rows(
         x, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used, scratch,
-        rows, columns, slots, x_stride, codes_stride, LARGEST_CODE, MODE, PART, PARTS, HOLDS, AHEAD, SLOTS,
+        row_mask, rows, columns, slots, x_stride, codes_stride, LARGEST_CODE, MODE, PART, PARTS, HOLDS,
+        AHEAD, SLOTS,
     )  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def _learn(
     effective_threshold,
     count_used,
     scratch,
+    row_mask,
     rows,
     columns,
     slots,
@@ -121,13 +124,13 @@ def _learn(
     if tl.load(counters + _FLAG) != 0:
         grow_state(
             x, scale, index, column_slot, column_max, counters, effective_threshold, scratch,
-            rows, columns, slots, splits, x_stride, POLICY, TILE_ROWS, TILE_COLUMNS, BLOCK, SLOTS,
+            row_mask, rows, columns, slots, splits, x_stride, POLICY, TILE_ROWS, TILE_COLUMNS, BLOCK, SLOTS,
         )  # fmt: skip
         if REPEATS:
             await_growth(scratch)
             quantize_rows(
                 x, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
-                scratch, rows, columns, slots, x_stride, codes_stride,
+                scratch, row_mask, rows, columns, slots, x_stride, codes_stride,
                 LARGEST_CODE, _SNAPSHOT, PART, PARTS, False, False, SLOTS,
             )  # fmt: skip
 
@@ -169,6 +172,7 @@ def _launch(
     count_used: Tensor,
     scratch: Tensor,
     format: str,
+    row_mask: Tensor | None = None,
 ) -> None:
     rows, columns = matrix.shape
     codes, scale, outliers = outputs
@@ -177,7 +181,7 @@ def _launch(
     programs = min(rows, share.resident // share.warps * multiprocessors(matrix.device))
     _quantize[(programs,)](
         matrix, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
-        scratch, rows, columns, slots, matrix.stride(0), codes.stride(0),
+        scratch, row_mask, rows, columns, slots, matrix.stride(0), codes.stride(0),
         LARGEST_CODE=float(largest_code(format)), MODE=mode, PART=share.part,
         PARTS=ceil_div(columns, share.part),
         HOLDS=share.holds and rows > programs, AHEAD=share.ahead and rows > programs,
@@ -198,6 +202,7 @@ def launch_learning(
     scratch: Tensor,
     format: str,
     miss: str,
+    row_mask: Tensor | None,
 ) -> None:
     """Where the flag is up: learns the new columns and, unless the policy is lazy, quantizes again.
 
@@ -209,7 +214,7 @@ def launch_learning(
     part = LEARNING_WARPS * 32 * ELEMENTS_PER_THREAD
     _learn[(1 if interpreting() else multiprocessors(matrix.device),)](
         matrix, codes, scale, outliers, index, column_slot, column_max, counters, effective_threshold,
-        count_used, scratch, rows, columns, index.shape[0], matrix.stride(0), codes.stride(0),
+        count_used, scratch, row_mask, rows, columns, index.shape[0], matrix.stride(0), codes.stride(0),
         LARGEST_CODE=float(largest_code(format)), PART=part, PARTS=ceil_div(columns, part),
         REPEATS=miss != "lazy",
         num_warps=LEARNING_WARPS, enable_fp_fusion=False,
@@ -257,6 +262,7 @@ def quantize_online(
     format: str,
     miss: str,
     small_m: int,
+    row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two launches, of which the second returns at once where no row exceeds the threshold."""
     outputs = outputs_of(x, index.shape[0])
@@ -271,10 +277,11 @@ def quantize_online(
             _launch(SNAPSHOT, matrix, rows, *state, count_used, counters, format)
             return *outputs, count_used
         scratch = scratch_for(matrix, index.shape[0])
+        mask = None if row_mask is None else row_mask.reshape(-1).contiguous()
         first = ALWAYS if miss == "per_call" else CHECK
-        _launch(first, matrix, rows, *state, count_used, scratch, format)
+        _launch(first, matrix, rows, *state, count_used, scratch, format, mask)
         launch_learning(
             matrix, rows, index, column_slot, column_max, counters, effective_threshold, count_used, scratch,
-            format, miss,
+            format, miss, mask,
         )  # fmt: skip
     return *outputs, count_used
