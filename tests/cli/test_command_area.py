@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -47,7 +48,12 @@ def test_markdown_and_a_plot_are_written(written: Path) -> None:
 def test_without_matplotlib_the_plot_is_left_out_and_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> object:
+        return None if name == "matplotlib" else found(name, package)
+
+    monkeypatch.setattr("importlib.util.find_spec", without)
     result = mixq("area", *MODEL, "--scheme", "fp16,w8a8", "--output", tmp_path)
     assert "matplotlib is not installed" in plain(result.stderr)
     assert not (tmp_path / "area.png").exists()

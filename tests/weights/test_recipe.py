@@ -83,7 +83,7 @@ def test_unknown_weightings_are_refused() -> None:
 @pytest.mark.parametrize("text", RECIPES)
 def test_parts_say_what_make_makes_and_empty_allocates(text: str) -> None:
     recipe, expected = WeightRecipe.parse(text), parts(WeightRecipe.parse(text), 37, 45, torch.bfloat16)
-    assert set(expected) >= {"weight_codes", "weight_scale"}
+    assert tuple(expected) == recipe.operands
     here = made(text).named()
     for found in (here, *(empty(recipe, 37, 45, torch.bfloat16, on).named() for on in ("cpu", "meta"))):
         assert {name: (tuple(t.shape), t.dtype) for name, t in found.items()} == expected
