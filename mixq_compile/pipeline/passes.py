@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -97,6 +97,12 @@ class WeightProvider(Protocol):
 
     def pack(self, weight: Tensor, scheme: Any, dtype: Any, transposed: bool = False) -> Any:
         """The packed form of a parameter."""
+
+    def derive(self, weight: Tensor, step: Any) -> Tensor:
+        """A parameter, or what was derived from one, after a step; follows when the parameter is written."""
+
+    def choose(self, weights: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gave when it was first asked for by this key and exactly these parameters."""
 
     def state(self, weights: Sequence[Tensor], *arguments: Any, **options: Any) -> Any:
         """The outlier state of the value that exactly these parameters read."""
