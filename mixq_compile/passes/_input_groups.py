@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,7 @@ from mixq_compile.pipeline import PassContext
 
 aten = torch.ops.aten
 NOT_QUANTIZED = "none of the linears that read the value is to be quantized"
-NO_STORE = (
-    "{name} derives weights from parameters, and this run has no store for them: give PassContext a `weights`."
-)
+NO_STORE = "{name} derives weights from parameters, and this run has no store for them: give PassContext a `weights`."
 
 
 @dataclass(frozen=True)
@@ -102,17 +100,16 @@ def need_store(name: str, context: PassContext) -> Any:
     return context.weights
 
 
-def derived(graph: CapturedGraph, store: Any, parameter: Node, step: Any, what: str) -> Node:
-    """A node for a parameter after one more step."""
-    tensor = store.derive(graph.tensor(parameter), step)
-    name = graph.parameter_name(parameter)
-    return graph.attach(name if name.endswith(f".{what}") else f"{name}.{what}", tensor)
+def derived(graph: CapturedGraph, store: Any, parameter: Node, steps: Sequence[Any], what: str) -> Node:
+    """A node for a parameter after more steps; `what` ends its name."""
+    tensor = store.derive(graph.tensor(parameter), *steps)
+    return graph.attach(f"{graph.parameter_name(parameter)}.{what}", tensor)
 
 
 def derive_weight(graph: CapturedGraph, store: Any, member: Member, step: Any, what: str) -> None:
     """Gives a linear its weight after one more step, in the layout of its parameter."""
     linear, view = member.linear, Annotations(member.linear)
-    weight = derived(graph, store, member.parameter, step, what)
+    weight = derived(graph, store, member.parameter, [step], what)
     if member.input_dim == 0:
         before = operand(linear, "weight")
         with graph.graph.inserting_before(linear):

@@ -26,7 +26,7 @@ from mixq_compile.ir.shapes import hint_of
 from mixq_compile.ops.operands import operand
 from mixq_compile.passes._input_groups import Member, member_of
 from mixq_compile.passes._obstacles import Obstacle
-from mixq_compile.weights.steps.step import Scaled, Shifted
+from mixq_compile.weights.steps.step import Cast, Scaled, Shifted
 
 aten, functional = torch.ops.aten, torch.nn.functional
 LAYER_NORMS = (functional.layer_norm, torch.layer_norm, aten.layer_norm.default)
@@ -50,8 +50,10 @@ RESHAPES = (
 EXPANDS = ("expand", aten.expand.default)
 ATTENTIONS = (functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 MATMULS = (operator.matmul, torch.matmul, torch.bmm, aten.matmul.default, aten.bmm.default, "matmul", "bmm")
-SPLITS = ("split", "chunk", torch.split, torch.chunk, functional.split if hasattr(functional, "split") else None,
-          aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)  # fmt: skip
+SPLITS = (
+    *("split", "chunk", torch.split, torch.chunk),
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
+)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ class _Search:
         return Obstacle(why, (node.name,))
 
     def _unknown(self, node: Node, factors: Tensor) -> Found:
-        return self._refused(node, f"{node.name} ({_target(node)}) does not pass on a factor for each channel")
+        return self._refused(
+            node, f"{node.name} ({_target(node)}) does not pass on a factor for each channel"
+        )
 
     def _shape(self, node: Node) -> list[Any]:
         return list(self.graph.value(node).shape)
@@ -153,7 +157,7 @@ class _Search:
         while isinstance(node, Node) and self.graph.tensor(node) is None:
             value = self.graph.value(node)
             if node.target in CASTS:
-                steps.insert(0, Shifted(0.0, value.dtype))
+                steps.insert(0, Cast(value.dtype))
                 node = captured_argument(node, 0, "self")
             elif node.target in SUMS:
                 terms = captured_argument(node, 0, "input"), captured_argument(node, 1, "other")
@@ -161,7 +165,7 @@ class _Search:
                 sources = [term for term in terms if isinstance(term, Node)]
                 if len(numbers) != 1 or len(sources) != 1 or len(captured_rest(node, 2, "alpha")) > 0:
                     return None
-                steps.insert(0, Shifted(float(numbers[0]), value.dtype))
+                steps[:0] = [Shifted(float(numbers[0])), Cast(value.dtype)]
                 node = sources[0]
             else:
                 return None
@@ -258,7 +262,9 @@ class _Search:
         added = factors.dim() - len(shape)
         sizes = zip(factors.shape, [1] * added + shape, strict=True)
         if any(size != 1 and held != size for size, held in sizes):
-            return self._refused(node, f"{node.name} repeats channels whose factors differ, as shared heads do")
+            return self._refused(
+                node, f"{node.name} repeats channels whose factors differ, as shared heads do"
+            )
         return self.into(source, factors.reshape(factors.shape[added:]), node)
 
     def _attention(self, node: Node, factors: Tensor) -> Found:
@@ -304,14 +310,12 @@ class _Search:
             if not isinstance(size, int):
                 return self._unknown(node, factors)
             pieces.append(factors.expand(shape) if place == index else torch.ones_like(factors).expand(shape))
-        return self._into_split(whole, torch.cat([piece.contiguous() for piece in pieces], dim))
+        source = captured_argument(whole, 0, "input")
+        return self.into(source, torch.cat([piece.contiguous() for piece in pieces], dim), whole)
 
     def _reads_another(self, reader: Node, index: int, count: int) -> bool:
         place = captured_argument(reader, 1, "index")
         return isinstance(place, int) and place % count != index
-
-    def _into_split(self, whole: Node, factors: Tensor) -> Found:
-        return self.into(captured_argument(whole, 0, "input"), factors, whole)
 
 
 def _alike(first: Any, second: Any) -> bool:
@@ -330,7 +334,9 @@ def reshaped(factors: Tensor, after: list[Any], before: list[Any]) -> Tensor | N
         after: the shape of the reshaped value; its sizes may be symbolic, as those of `before`.
     """
     head = 0
-    while head < min(len(after), len(before)) and factors.shape[head] == 1 and _alike(after[head], before[head]):
+    while (
+        head < min(len(after), len(before)) and factors.shape[head] == 1 and _alike(after[head], before[head])
+    ):
         head += 1
     tail = 0
     while tail < min(len(after), len(before)) - head and _alike(after[-1 - tail], before[-1 - tail]):

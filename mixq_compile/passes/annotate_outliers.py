@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.operands import operand
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
 
 
+CHANGED = "its input was {how} after calibration, so that its maxima are not known: {rest}"
+
+
 def calibrated_columns(
-    stats: Any, fqn: str, scheme: QuantScheme, in_features: int
+    stats: Any, fqn: str, scheme: QuantScheme, in_features: int, inverse: Tensor | None = None
 ) -> tuple[list[int], list[float]] | None:
     """The outlier columns of a linear by its statistics, and their maxima; None where it has none.
 
-    With 8-bit activations the columns above the threshold, and at most as many as there are slots;
+    `inverse` is what each channel is multiplied by since calibration, `[K]`. With 8-bit activations the columns above the threshold, and at most as many as there are slots;
     with 4-bit ones always as many, the largest first.
     """
     policy = scheme.outliers
     found = stats.find(fqn)
     if policy is None or scheme.activation is None or found is None:
         return None
+    if inverse is not None:
+        # A channel's maximum is scaled as the channel is: the factors are positive.
+        found = dataclasses.replace(found, absmax=found.absmax * inverse.float().cpu())
+        stats = dataclasses.replace(stats, linears={fqn: found}, never_run=())
     threshold = policy.threshold if scheme.activation.bits == 8 else None
     columns = stats.outlier_columns(fqn, threshold=threshold, count=policy.capacity_for(in_features))
     return columns, [float(found.absmax[column]) for column in columns]
@@ -52,10 +62,14 @@ class AnnotateOutliers(Pass):
         context.stats.check_model(shapes)
         for node, fqn, scheme in chosen:
             in_features = shapes[fqn][-1]
-            found = calibrated_columns(context.stats, fqn, scheme, in_features)
+            online = scheme.outliers is not None and scheme.outliers.miss != "static"
+            rest = "columns are found online" if online else "no columns are kept"
+            inverse, how = self._since_calibration(graph, node)
+            if how is not None:
+                yield Decision.skipped(node, CHANGED.format(how=how, rest=rest), fqn=fqn)
+                continue
+            found = calibrated_columns(context.stats, fqn, scheme, in_features, inverse)
             if found is None:
-                online = scheme.outliers is not None and scheme.outliers.miss != "static"
-                rest = "columns are found online" if online else "no columns are kept"
                 yield Decision.skipped(node, f"it never ran during calibration: {rest}", fqn=fqn)
                 continue
             columns, maxima = found
@@ -65,6 +79,18 @@ class AnnotateOutliers(Pass):
             yield Decision.applied(node, reason, fqn=fqn, details={"columns": columns})
             view = Annotations(node)
             view.outlier_columns, view.absmax = columns, maxima
+
+    def _since_calibration(self, graph: CapturedGraph, node: Node) -> tuple[Tensor | None, str | None]:
+        """What a linear's input is multiplied by, and what else was done to it that no maximum survives."""
+        view = Annotations(node)
+        if view.rotated is not None:
+            return None, "rotated"
+        if view.equalized is None:
+            return None, None
+        inverse = graph.attribute(view.equalized)
+        if not isinstance(inverse, Tensor) or not has_data(inverse):
+            return None, "equalized by factors that this run does not know"
+        return inverse, None
 
     def _chosen(self, graph: CapturedGraph) -> list[tuple[Node, str, QuantScheme]]:
         """The linears with a scheme that keeps outlier columns, with their names."""

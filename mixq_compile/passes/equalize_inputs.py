@@ -99,7 +99,12 @@ class EqualizeInputs(Pass):
         return all(Annotations(member.linear).equalized is not None for member in group.members)
 
     def _inverse(
-        self, graph: CapturedGraph, context: PassContext, group: InputGroup, equalize: Equalize, absmax: Tensor
+        self,
+        graph: CapturedGraph,
+        context: PassContext,
+        group: InputGroup,
+        equalize: Equalize,
+        absmax: Tensor,
     ) -> Tensor:
         """What x is multiplied by, `[K]` in its dtype; chosen once for the parameters of the group."""
         x = graph.value(group.value)

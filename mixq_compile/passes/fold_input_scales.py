@@ -61,11 +61,9 @@ class FoldInputScales(Pass):
         for part in parts:
             if part.member is not None:
                 derive_weight(graph, store, part.member, part.steps[-1], "folded")
-                continue
-            new = part.parameter
-            for step in part.steps:
-                new = derived(graph, store, new, step, "folded")
-            part.reader.replace_input_with(part.source, new)
+            else:
+                new = derived(graph, store, part.parameter, part.steps, "folded")
+                part.reader.replace_input_with(part.source, new)
 
 
 def _factors(inverse: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ class WeightProvider(Protocol):
     def pack(self, weight: Tensor, scheme: Any, dtype: Any, transposed: bool = False) -> Any:
         """The packed form of a parameter."""
 
-    def derive(self, weight: Tensor, step: Any) -> Tensor:
-        """A parameter, or what was derived from one, after a step; follows when the parameter is written."""
+    def derive(self, weight: Tensor, *steps: Any) -> Tensor:
+        """A parameter, or what was derived from one, after more steps; follows when the parameter is written."""
 
     def choose(self, weights: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gave when it was first asked for by this key and exactly these parameters."""

@@ -82,14 +82,14 @@ class DerivedWeights:
         entry: _Entry | None = self._entries.get(parameter)
         return list(entry.derived.values()) if entry is not None else []
 
-    def derive(self, tensor: Tensor, step: Step) -> tuple[Tensor, bool]:
-        """A parameter, or what was derived from one, after one more step; and whether it was known before.
+    def derive(self, tensor: Tensor, more: tuple[Step, ...]) -> tuple[Tensor, bool]:
+        """A parameter, or what was derived from one, after more steps; and whether it was known before.
 
         Raises ReleasedWeightError where the parameter was freed, MixqError where memory does not suffice.
         """
         origin: _Origin | None = self._origins.get(tensor)
         parameter = self.parameter(tensor)
-        steps = (*origin.steps, step) if origin is not None else (step,)
+        steps = (*origin.steps, *more) if origin is not None else more
         key = (steps, parameter.device, parameter.dtype, tuple(parameter.shape))
         entry = self._entries.get(parameter)
         if entry is None:
@@ -117,9 +117,7 @@ class DerivedWeights:
             if derived.tensor() is tensor:
                 derived.kept = tensor
 
-    def choose(
-        self, parameters: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]
-    ) -> Tensor:
+    def choose(self, parameters: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that was chosen once for exactly these parameters, such as their equalizing factors.
 
         It stays whatever is written to the parameters: what other graphs have derived with it stays valid.

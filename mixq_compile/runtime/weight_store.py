@@ -31,6 +31,7 @@ from mixq_compile.weights.steps.step import Step
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(eq=False)
 class WeightCodes:
     """The integer codes of one weight; changed only in place."""
@@ -189,14 +190,14 @@ class WeightStore:
         entry.codes[key] = WeightCodes(codes, scale, scheme.recipe, transposed, packed_from, content)
         return entry.codes[key]
 
-    def derive(self, weight: Tensor, step: Step) -> Tensor:
-        """A parameter, or what was derived from one, after a step; the same tensor for every graph.
+    def derive(self, weight: Tensor, *steps: Step) -> Tensor:
+        """A parameter, or what was derived from one, after more steps; the same tensor for every graph.
 
         It follows when the parameter is written, as codes do. Raises ReleasedWeightError where the
         parameter was freed, MixqError where memory does not suffice.
         """
         with self._writing:
-            derived, known = self.derived.derive(weight, step)
+            derived, known = self.derived.derive(weight, steps)
             if known:
                 self.refresh(self.derived.parameter(weight), look=True)
             return derived

@@ -110,7 +110,9 @@ class Rotate:
         """H, `[K, K]` fp64. Raises OptionError for an odd number of channels."""
         found = rotation_of(channels)
         if found is None:
-            raise OptionError(f"{channels} channels, an odd number, cannot be rotated: leave this linear out.")
+            raise OptionError(
+                f"{channels} channels, an odd number, cannot be rotated: leave this linear out."
+            )
         return torch.kron(found.left, found.right)
 
 

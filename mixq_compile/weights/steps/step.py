@@ -73,8 +73,18 @@ class Shifted:
 
     addend: float
     dtype: torch.dtype | None = None
-    """Of the sum, where the model's code casts before it adds."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """`tensor + addend`."""
         return tensor + self.addend
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor in another dtype, as the model's code casts it; what follows is computed in fp32 all the same."""
+
+    dtype: torch.dtype | None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor itself: the last cast decides how the result is stored."""
+        return tensor
