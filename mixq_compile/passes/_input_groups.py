@@ -21,7 +21,7 @@ from mixq_compile.pipeline import PassContext
 
 aten = torch.ops.aten
 NOT_QUANTIZED = "none of the linears that read the value is to be quantized"
-NO_STORE = "{name} derives weights from parameters, and this run has no store for them: give PassContext a `weights`."
+NO_STORE = "{name} derives weights, and this run has no store for them: give PassContext a `weights`."
 
 
 @dataclass(frozen=True)

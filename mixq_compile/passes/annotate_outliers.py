@@ -18,7 +18,6 @@ from mixq_compile.ops.operands import operand
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
 
-
 CHANGED = "its input was {how} after calibration, so that its maxima are not known: {rest}"
 
 
@@ -27,7 +26,8 @@ def calibrated_columns(
 ) -> tuple[list[int], list[float]] | None:
     """The outlier columns of a linear by its statistics, and their maxima; None where it has none.
 
-    `inverse` is what each channel is multiplied by since calibration, `[K]`. With 8-bit activations the columns above the threshold, and at most as many as there are slots;
+    `inverse` is what each channel is multiplied by since calibration, `[K]`. With 8-bit activations the
+    columns above the threshold, and at most as many as there are slots;
     with 4-bit ones always as many, the largest first.
     """
     policy = scheme.outliers

@@ -80,7 +80,7 @@ class RotateInputs(Pass):
         graph.current = None
 
     def _linear_before(self, graph: CapturedGraph, group: InputGroup) -> Member | None:
-        """The linear whose result the group alone reads, with parameters of its own; None where there is none."""
+        """The linear whose result the group alone reads, if its weight and bias are parameters; else None."""
         node = group.value
         readers = {member.linear for member in group.members}
         if node.target is not aten.linear.default or not readers.issuperset(node.users):

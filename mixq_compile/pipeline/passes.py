@@ -99,7 +99,7 @@ class WeightProvider(Protocol):
         """The packed form of a parameter."""
 
     def derive(self, weight: Tensor, *steps: Any) -> Tensor:
-        """A parameter, or what was derived from one, after more steps; follows when the parameter is written."""
+        """A parameter, or what was derived from one, after more steps; follows when it is written."""
 
     def choose(self, weights: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gave when it was first asked for by this key and exactly these parameters."""

@@ -126,6 +126,7 @@ class DerivedWeights:
         entry = self._entries.get(first)
         if entry is None:
             entry = self._entries[first] = _Entry()
+        found: Tensor | None
         references, found = entry.chosen.get(full, ((), None))
         if found is None or any(
             reference() is not each for reference, each in zip(references, parameters, strict=True)

@@ -371,7 +371,7 @@ class WeightStore:
         return [weight, *derived]
 
     def followers(self, weight: Tensor) -> list[WeightCodes | DerivedWeight]:
-        """What must be computed again when a parameter was written: its codes, and what is derived from it."""
+        """What is computed again when a parameter is written: its codes, and what is derived from it."""
         return [*self.codes(weight), *self.derived.of(weight)]
 
     def packed_bytes(self, weight: Tensor) -> int:
@@ -387,8 +387,8 @@ class WeightStore:
     def states(self, weights: Iterable[Tensor]) -> list[OutlierState]:
         """Every outlier state of any of these parameters, each once."""
         found: dict[int, OutlierState] = {}
-        for weight in (form for weight in weights for form in self.forms(weight)):
-            entry = self._known(weight)
+        for form in (form for weight in weights for form in self.forms(weight)):
+            entry = self._known(form)
             for state in entry.states.values() if entry else ():
                 found[id(state)] = state
         return list(found.values())

@@ -125,10 +125,11 @@ class Rotated:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The tensor with each vector along the dimension times H."""
-        moved = tensor.movedim(self.dim, -1)
+        moved: Tensor = tensor.movedim(self.dim, -1)
         found = rotation_of(moved.shape[-1])
         if found is None:
             return tensor
         left, right = (each.to(tensor.device, tensor.dtype) for each in (found.left, found.right))
         split = moved.unflatten(-1, (len(left), len(right)))
-        return (left.t() @ (split @ right)).flatten(-2).movedim(-1, self.dim)
+        rotated: Tensor = (left.t() @ (split @ right)).flatten(-2)
+        return rotated.movedim(-1, self.dim)

@@ -81,7 +81,7 @@ class Shifted:
 
 @dataclass(frozen=True)
 class Cast:
-    """A tensor in another dtype, as the model's code casts it; what follows is computed in fp32 all the same."""
+    """A tensor in another dtype, as the model's code casts it; what follows is computed in fp32 anyway."""
 
     dtype: torch.dtype | None
 
