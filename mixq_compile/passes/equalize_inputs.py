@@ -93,6 +93,8 @@ class EqualizeInputs(Pass):
                 details={"linears": group.names},
             )
             self._rewrite(graph, context, group, inverse)
+            for member in group.members[1:]:
+                yield Decision.noted(member.linear, f"reads what {group.names[0]} reads", fqn=member.fqn)
         graph.current = None
 
     def _is_done(self, group: InputGroup) -> bool:

@@ -77,6 +77,8 @@ class RotateInputs(Pass):
             for member in group.members:
                 derive_weight(graph, store, member, Rotated(member.input_dim), "rotated")
                 Annotations(member.linear).rotated = rotation.text
+            for member in group.members[1:]:
+                yield Decision.noted(member.linear, f"reads what {fqn} reads", fqn=member.fqn)
         graph.current = None
 
     def _linear_before(self, graph: CapturedGraph, group: InputGroup) -> Member | None:
