@@ -86,7 +86,7 @@ def test_a_transposed_weight_is_scaled_along_its_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bit_weights_take_what_the_rounded_division_leaves(dtype: torch.dtype) -> None:
-    """`1 / s` is rounded to the activation's dtype; were W times the unrounded s, each channel would be off."""
+    """`1 / s` is rounded to the activation's dtype; with the unrounded s in W each channel would be off."""
     model = network().to(dtype)
     graph = captured(model, "export", rows(6).to(dtype))
     run(graph, f"{NAMED},equalize-inputs", stats=statistics(STATS))

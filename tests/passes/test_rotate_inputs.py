@@ -112,15 +112,14 @@ def test_products_of_the_rotation_are_not_taken_for_linears() -> None:
     assert len(list(graph.walk(aten.linear.default))) == before
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8o16"])
-def test_codes_are_those_of_the_rotated_weight(scheme: str) -> None:
+def test_codes_are_those_of_the_rotated_weight() -> None:
     """One huge channel ruins the scale of every row; rotated, its magnitude is spread."""
-    model = network()
+    model = network().requires_grad_(False)
     x = rows(32, columns=(3,)) * torch.where(torch.arange(64) == 3, 20.0, 1.0)
     errors = {}
     for name, text in (("plain", ""), ("rotated", ",rotate-inputs")):
         graph = captured(model, "export", x)
-        chosen = f"{NAMED},select-scheme{{default={scheme} force=true threshold=1000000}}"
+        chosen = f"{NAMED},select-scheme{{default=w8a8 force=true}}"
         run(graph, f"{chosen}{text},rewrite-mixed-linear{{kernel=ref}},share-quantize,fuse-epilogue,verify")
         got, expected = graph.module(x), model(x)
         errors[name] = float((got - expected).norm() / expected.norm())
