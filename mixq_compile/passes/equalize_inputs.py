@@ -66,6 +66,7 @@ class EqualizeInputs(Pass):
                 waiting.append(group)
         if not waiting:
             return
+        graph.current = waiting[0].first
         if context.stats is None:
             raise StatisticsError(NO_STATISTICS)
         context.stats.check_model(

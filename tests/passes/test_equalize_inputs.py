@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from captures import ROUTES, capture
@@ -283,3 +286,15 @@ def test_output_helper_sees_a_changed_graph() -> None:
     graph.attribute(Annotations(node).equalized or "").mul_(1.01)
     assert difference(graph, model) > EXACT
     assert output(graph, tokens()).shape == (2, 7, 96)
+
+
+def test_the_documentation_runs_and_says_the_truth(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "passes.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    torch.manual_seed(0)
+    exec(compile(code, "docs/passes.md", "exec"), {})
+    lines = [line.rpartition(" ") for line in capsys.readouterr().out.splitlines()]
+    errors = {name: float(error) for name, _, error in lines}
+    assert set(errors) == {"as it is", "equalized", "rotated"}
+    assert errors["equalized"] < errors["as it is"] / 3, errors
+    assert errors["rotated"] < errors["as it is"], errors
