@@ -314,3 +314,24 @@ def test_compiled_by_inductor_it_follows_too() -> None:
     rewritten_in(model)
     mixq.refresh(fast)
     assert error_of(fast, model, x) < ALLOWED
+
+
+def test_layers_that_share_a_graph_have_derived_weights_of_their_own() -> None:
+    """Dynamo runs one graph for modules that look alike."""
+    models = [block(), block()]
+    rewritten_in(models[1])
+    x = rows(24)
+    for model in models:
+        fast = compiled(model, pipeline=ROTATED)
+        assert error_of(fast, model, x) < ALLOWED
+    first, second = (STORE.forms(model.up_proj.weight)[-1] for model in models)
+    assert not torch.equal(first, second)
+
+
+def test_a_parameter_that_is_replaced_is_derived_from_anew() -> None:
+    model, fast, x = equalized()
+    fast(x)
+    model.up_proj.weight = nn.Parameter(model.up_proj.weight * -2.0, requires_grad=False)
+    assert error_of(fast, model, x) < ALLOWED
+    gc.collect()
+    assert error_of(fast, model, x) < ALLOWED
