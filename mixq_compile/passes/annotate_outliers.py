@@ -12,9 +12,12 @@ from torch.fx import Node
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops.operands import operand
+from mixq_compile.passes._input_changes import since_calibration
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.selection.columns import calibrated_columns
+
+CHANGED = "its input was {how} after calibration, so that its maxima are not known: {rest}"
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,14 @@ class AnnotateOutliers(Pass):
         context.stats.check_model(shapes)
         for node, fqn, scheme in chosen:
             in_features = shapes[fqn][-1]
-            found = calibrated_columns(context.stats, fqn, scheme, in_features)
+            online = scheme.outliers is not None and scheme.outliers.miss != "static"
+            rest = "columns are found online" if online else "no columns are kept"
+            inverse, how = since_calibration(graph, node)
+            if how is not None:
+                yield Decision.skipped(node, CHANGED.format(how=how, rest=rest), fqn=fqn)
+                continue
+            found = calibrated_columns(context.stats, fqn, scheme, in_features, inverse)
             if found is None:
-                online = scheme.outliers is not None and scheme.outliers.miss != "static"
-                rest = "columns are found online" if online else "no columns are kept"
                 yield Decision.skipped(node, f"it never ran during calibration: {rest}", fqn=fqn)
                 continue
             columns, maxima = found

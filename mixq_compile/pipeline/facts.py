@@ -121,6 +121,21 @@ def schemes(graph: CapturedGraph) -> Breaches:
             yield node, f"its scheme is named {view.scheme}, and its parameters are those of {scheme.name}"
 
 
+@fact("equalized-inputs", "what multiplies the input of a linear has been divided out of its weight")
+def equalized_inputs(graph: CapturedGraph) -> Breaches:
+    """Breached by a linear that reads a value times factors `[K]`, and whose weight has others."""
+    for node in _nodes(graph, torch.ops.aten.mul.Tensor):
+        factors = Annotations(node).equalized
+        if factors is None:
+            continue
+        if str(getattr(operand(node, "other"), "target", "")) != factors:
+            yield node, f"it is annotated with the factors {factors}, and multiplies by others"
+        for reader in node.users:
+            view = Annotations(reader)
+            if reader.target is CANONICAL and (view.equalized != factors or view.parameter is None):
+                yield reader, f"its input is multiplied by {factors}, and its weight is not derived for that"
+
+
 @fact("mixed-linears", "each linear with a scheme is a product of codes, with the quantization that it reads")
 def mixed_linears(graph: CapturedGraph) -> Breaches:
     """Breached by a linear left whole although it has a scheme, and by codes that nothing quantized."""

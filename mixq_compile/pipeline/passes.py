@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -100,6 +100,12 @@ class WeightProvider(Protocol):
         self, weight: Tensor, scheme: Any, dtype: Any, transposed: bool = False, statistics: Any = None
     ) -> Any:
         """The packed form of a parameter."""
+
+    def derive(self, weight: Tensor, *steps: Any) -> Tensor:
+        """A parameter, or what was derived from one, after more steps; follows when it is written."""
+
+    def choose(self, weights: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gave when it was first asked for by this key and exactly these parameters."""
 
     def state(self, weights: Sequence[Tensor], *arguments: Any, **options: Any) -> Any:
         """The outlier state of the value that exactly these parameters read."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,17 +20,16 @@ from mixq_compile.ops.joint_rows import held_bytes
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.state_access import exclusive_access
 from mixq_compile.runtime import memory
+from mixq_compile.runtime.derived_weights import NEVER, DerivedWeight, DerivedWeights
 from mixq_compile.runtime.released_parameter import ReleasedParameter, give_up_memory
 from mixq_compile.runtime.stored_weight import Entry, PackedWeight, StateKey, StoredWeight, WeightKey
 from mixq_compile.runtime.torch_compat import fingerprint
 from mixq_compile.runtime.weight_content import content_of
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.weights.recipe import InputStatistics
+from mixq_compile.weights.steps.step import Step
 
 log = logging.getLogger(__name__)
-
-NEVER = (0, -1)
-"""A `fingerprint` that no tensor has."""
 
 
 class WeightStore:
@@ -40,6 +39,8 @@ class WeightStore:
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._writing = threading.RLock()
         self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.derived = DerivedWeights()
+        """What is computed from parameters before it is packed or read."""
         self.releases = 0
         """How often a parameter's storage was freed: a graph that reads 16-bit weights looks again then."""
 
@@ -84,6 +85,7 @@ class WeightStore:
         out_features, in_features = key.matrix(weight).shape
         capacity = scheme.outliers.capacity_for(in_features) if scheme.outliers else 0
         with self._writing:
+            self.derived.keep(weight)
             entry = self._entry(weight)
             stored = self._stored(entry, weight, scheme.name, key, statistics)
             place = (key, capacity, dtype)
@@ -116,6 +118,23 @@ class WeightStore:
         content = content_of(weight) if has_data(weight) else None
         entry.stored[key] = StoredWeight(key, tensors, statistics, packed_from, content)
         return entry.stored[key]
+
+    def derive(self, weight: Tensor, *steps: Step) -> Tensor:
+        """A parameter, or what was derived from one, after more steps; the same tensor for every graph.
+
+        It follows when the parameter is written, as codes do. Raises ReleasedWeightError where the
+        parameter was freed, MixqError where memory does not suffice.
+        """
+        with self._writing:
+            derived, known = self.derived.derive(weight, steps)
+            if known:
+                self.refresh(self.derived.parameter(weight), look=True)
+            return derived
+
+    def choose(self, weights: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gave when it was first asked for by this key and exactly these parameters."""
+        with self._writing:
+            return self.derived.choose(weights, key, make)
 
     def fill(self, packed: PackedWeight, weight: Tensor, state: OutlierState) -> None:
         """Fetches the columns that the state knows from the parameter into the outlier weight, now."""
@@ -171,7 +190,7 @@ class WeightStore:
                 state.preload(columns, column_max)
                 if policy.miss in ("frozen", "static"):
                     state.freeze()
-            if any(weight in self._held for weight in weights):
+            if any(self.derived.parameter(weight) in self._held for weight in weights):
                 state.hold()
             for weight in weights:
                 self._entry(weight).states[key] = state
@@ -206,9 +225,12 @@ class WeightStore:
         torch's count of writes and the address tell; with `look`, the content does too.
         """
         with self._writing:
+            again = self.derived.refresh(weight, look)
+            for derived in again:
+                self.refresh(derived)
             entry = self._known(weight)
             if entry is None or not has_data(weight) or self.is_released(weight):
-                return False
+                return bool(again)
             now, content = fingerprint(weight), None
             here = [codes for codes in entry.stored.values() if codes.weight_codes.device == weight.device]
             stale = [codes for codes in here if codes.packed_from != now]
@@ -225,7 +247,7 @@ class WeightStore:
                 content = content_of(weight) if content is None else content
                 for codes in stale:
                     codes.packed_from, codes.content = now, content
-            return bool(stale)
+            return bool(stale or again)
 
     def _pack_again(self, entry: Entry, weight: Tensor, stale: Sequence[StoredWeight]) -> None:
         # Solved first, because nothing should take long while other threads' calls wait.
@@ -271,19 +293,30 @@ class WeightStore:
         entry = self._known(weight)
         return list(entry.stored.values()) if entry else []
 
+    def forms(self, weight: Tensor) -> list[Tensor]:
+        """A parameter, and all that is derived from it."""
+        derived = [tensor for each in self.derived.of(weight) if (tensor := each.tensor()) is not None]
+        return [weight, *derived]
+
+    def followers(self, weight: Tensor) -> list[StoredWeight | DerivedWeight]:
+        """What is computed again when a parameter is written: its codes, and what is derived from it."""
+        return [*self.codes(weight), *self.derived.of(weight)]
+
     def packed_bytes(self, weight: Tensor) -> int:
-        """Bytes of everything kept in place of a parameter; 0 where it is not packed."""
+        """Bytes of everything kept in place of a parameter, derived tensors included; 0 where nothing is."""
+        derived = self.forms(weight)[1:]
+        held = sum(each.nbytes + self.packed_bytes(each) for each in derived)
         entry = self._known(weight)
         if entry is None:
-            return 0
+            return held
         caches = [held_bytes(p.outlier_weight) + held_bytes(p.cached_index) for p in entry.packed.values()]
-        return sum(stored.nbytes for stored in entry.stored.values()) + sum(caches)
+        return held + sum(stored.nbytes for stored in entry.stored.values()) + sum(caches)
 
     def states(self, weights: Iterable[Tensor]) -> list[OutlierState]:
         """Every outlier state of any of these parameters, each once."""
         found: dict[int, OutlierState] = {}
-        for weight in weights:
-            entry = self._known(weight)
+        for form in (form for weight in weights for form in self.forms(weight)):
+            entry = self._known(form)
             for state in entry.states.values() if entry else ():
                 found[id(state)] = state
         return list(found.values())

@@ -99,6 +99,15 @@ def multiply_other_codes(graph: CapturedGraph) -> None:
     set_operands(node, codes=made)
 
 
+def multiply_input(graph: CapturedGraph) -> None:
+    node = first(graph, aten.linear.default)
+    factors = graph.attach("factors", torch.full((graph.value(node.args[0]).shape[-1],), 2.0))
+    with graph.graph.inserting_before(node):
+        multiplied = graph.call(aten.mul.Tensor, (node.args[0], factors), like=node)
+    Annotations(multiplied).equalized = str(factors.target)
+    set_operands(node, input=multiplied)
+
+
 def name_provider(name: str) -> Act:
     def act(graph: CapturedGraph) -> None:
         set_operands(first(graph, ops.mixed_linear.default), kernel=name)
@@ -114,6 +123,13 @@ LIES = [
     ("schemes", CHOSEN, forget_scheme, "attn.k_proj", "it has neither a scheme nor a reason"),
     ("schemes", CHOSEN, rename_scheme, "attn.k_proj", "its scheme is named w4a4o16, and its parameters"),
     ("schemes", CHOSEN, spoil_scheme, "attn.k_proj", "its scheme cannot be read"),
+    (
+        "equalized-inputs",
+        CHOSEN,
+        multiply_input,
+        "attn.k_proj",
+        "its input is multiplied by factors, and its",
+    ),
     ("mixed-linears", CHOSEN, nothing, "attn.k_proj", "it has the scheme w8a8o16, and is still a linear"),
     ("mixed-linears", MIXED, multiply_other_codes, "attn.k_proj", "the codes that it multiplies are no"),
     ("fused-linears", MIXED, nothing, "attn.k_proj", "nothing else reads its product mixed_gemm"),

@@ -15,7 +15,8 @@ from mixq_compile.ops.weight_codes import EPSILON
 
 def supports(query: KernelQuery) -> bool | str:
     """The reference supports every call in the formats of the operator."""
-    return query.activation in FORMATS or f"it writes {' and '.join(map(str, FORMATS))}, not {query.activation}"
+    written = " and ".join(map(str, FORMATS))
+    return query.activation in FORMATS or f"it writes {written}, not {query.activation}"
 
 
 def _codes_scale_and_zero(
