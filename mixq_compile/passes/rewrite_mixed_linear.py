@@ -18,6 +18,7 @@ from mixq_compile.ops import providers
 from mixq_compile.ops.operands import operand, operands
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.weight_codes import format_operand, told_by_codes
+from mixq_compile.passes._input_changes import since_calibration
 from mixq_compile.passes._mixed_linear import MixedLinear, write_weight_only
 from mixq_compile.passes._obstacles import Obstacle
 from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
@@ -137,7 +138,7 @@ class _Rewriter:
             scheme,
             dtype=graph.value(self.x).dtype,
             transposed=parameter is not self.weight_matrix,
-            statistics=input_statistics(stats, self.view.fqn or "", scheme),
+            statistics=input_statistics(stats, self.view.fqn or "", scheme, *since_calibration(graph, node)),
         )
         self.stem = graph.parameter_name(parameter)
         self.originals = originals and not store.is_released(tensor)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mixq_compile as mixq
 from mixq_compile.errors import ReleasedWeightError
-from mixq_compile.runtime import weight_store
+from mixq_compile.runtime.stored_weight import StoredWeight
 from mixq_compile.runtime.weight_store import STORE, WeightStore
 from mixq_compile.schemes.registry import get_scheme
 from mixq_compile.weights.steps.rotate import Rotated
@@ -172,13 +172,13 @@ class TestLifetime:
 def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Counts how often a weight is packed."""
     counted: list[int] = []
-    pack = weight_store.quantize_weight
+    pack = StoredWeight.solve
 
     def counting(*arguments: Any) -> Any:
         counted.append(1)
         return pack(*arguments)
 
-    monkeypatch.setattr(weight_store, "quantize_weight", counting)
+    monkeypatch.setattr(StoredWeight, "solve", staticmethod(counting))
     return counted
 
 
