@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import ast
 import itertools
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from mixq_compile.ir.linears import features_of
 from mixq_compile.ir.snapshot import NodeRow
 from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.traits import traits_of
 from mixq_compile.pipeline.history import History
-from mixq_compile.scheme import QuantScheme
+from mixq_compile.scheme import QuantScheme, WeightRecipe
 from mixq_compile.schemes.registry import get_scheme, scheme_names
 from mixq_compile.selection.eligibility import name_matches
+from mixq_compile.weights.recipe import packed_bytes
 
 LINEAR = "aten.linear.default"
 SWAPPED = "mixq.linear.default"
 """What the module of a linear that was swapped before the capture calls."""
 NEVER_REWRITTEN = "it has a scheme, but no pass rewrote it"
 NOT_LOOKED_AT = "no pass looked at it"
-SCALE_BYTES = INDEX_BYTES = 4
 _VALUE = re.compile(r"^(?P<dtype>[a-z]+?(?P<bits>\d+))\[(?P<sizes>[^\]]*)\]")
 
 
@@ -63,6 +64,8 @@ class LayerSummary:
     """By number of rows: operations, bytes moved and expected time, before and after."""
     area: float | None = None
     """Circuit area in NAND2 equivalents; None where none was estimated."""
+    recipe: str = ""
+    """How its weight is packed, as text; empty where it stays as it was."""
 
 
 def layers_of(history: History) -> tuple[LayerSummary, ...]:
@@ -192,12 +195,13 @@ def _summary(
         dtype=dtype,
         scheme=scheme.name if scheme is not None else None,
         weight_bits=scheme.weight.bits if scheme is not None else bits,
+        recipe=str(scheme.recipe) if scheme is not None else "",
         activation_bits=scheme.activation.bits if scheme is not None and scheme.activation else bits,
         kernel=product.annotations.get("kernel") if product is not None else None,
         skip=None if scheme is not None else _why_left(left if left is not None else row),
         where=row.where,
         bytes_before=before,
-        bytes_after=packed_bytes(out_features, in_features, scheme.weight.bits, capacity, bits)
+        bytes_after=_packed_bytes(scheme.recipe, out_features, in_features, dtype, capacity)
         if scheme is not None
         else before,
         capacity=capacity,
@@ -229,12 +233,13 @@ def _swapped(row: NodeRow, values: Mapping[str, str], product: NodeRow | None) -
         dtype=dtype,
         scheme=_name_of(recipe, capacity),
         weight_bits=recipe.weight.format.bits,
+        recipe=str(recipe.weight),
         activation_bits=recipe.activation.bits if recipe.activation is not None else bits,
         kernel=product.annotations.get("kernel") if product is not None else None,
         skip=None,
         where=row.where,
         bytes_before=out_features * in_features * bits // 8,
-        bytes_after=packed_bytes(out_features, in_features, recipe.weight.format.bits, capacity, bits),
+        bytes_after=_packed_bytes(recipe.weight, out_features, in_features, dtype, capacity),
         capacity=capacity,
     )
 
@@ -251,8 +256,9 @@ def _name_of(recipe: LinearRecipe, capacity: int) -> str:
     return " or ".join(names) or formats
 
 
-def packed_bytes(out_features: int, in_features: int, bits: int, capacity: int, float_bits: int) -> int:
-    """Bytes of codes, scales, outlier columns and their indices of one quantized weight."""
-    codes = out_features * math.ceil(in_features * bits / 8)
-    outliers = capacity * (out_features * float_bits // 8 + INDEX_BYTES)
-    return codes + out_features * SCALE_BYTES + outliers
+def _packed_bytes(
+    recipe: WeightRecipe, out_features: int, in_features: int, dtype: str, capacity: int
+) -> int:
+    """Bytes of a quantized weight; `dtype` is the text of that of its activations."""
+    found = getattr(torch, dtype, torch.float32)
+    return packed_bytes(recipe, out_features, in_features, found, capacity)

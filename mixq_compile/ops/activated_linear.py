@@ -9,7 +9,7 @@ from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_functions import ACTIVATED, check_function
 from mixq_compile.ops.providers import ANY_ACTIVATION, run
-from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT
+from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_name
@@ -60,29 +60,13 @@ def activated_linear(
     )  # fmt: skip
 
 
-@activated_linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    outliers: Tensor,
-    count: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    function: str,
-    gated: bool,
-    small_m: int,
-    kernel: str,
-) -> Tensor:
-    (_READ_LINEAR if small_m else _LINEAR).examine(
-        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias
-    )
-    check_function(function, ACTIVATED)
-    _check_halves(weight_codes, gated)
-    features = weight_codes.shape[0]
-    return x.new_empty((*x.shape[:-1], features // 2 if gated else features))
+@results_of(activated_linear)
+def _(given: Given) -> Tensor:
+    (_READ_LINEAR if given.small_m else _LINEAR).examine_named(given)
+    check_function(given.function, ACTIVATED)
+    _check_halves(given.weight_codes, given.gated)
+    features = given.weight_codes.shape[0]
+    return given.x.new_empty((*given.x.shape[:-1], features // 2 if given.gated else features))  # type: ignore[no-any-return]
 
 
 declare(activated_linear, product=True, rows=WEIGHT)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, ANY_WEIGHT, run, run_with
-from mixq_compile.ops.shared_declarations import LAYOUT
+from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.traits import declare
 
 
@@ -38,19 +38,10 @@ def dequantize(
     )  # fmt: skip
 
 
-@dequantize.register_fake
-def _(
-    x: Tensor,
-    accumulator: Tensor,
-    outlier_product: Tensor,
-    scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    kernel: str,
-    addend: Tensor | None = None,
-) -> Tensor:
-    operand_checks.DEQUANTIZE.examine(x, accumulator, outlier_product, scale, weight_scale, bias, addend)
-    return x.new_empty(accumulator.shape)
+@results_of(dequantize)
+def _(given: Given) -> Tensor:
+    operand_checks.DEQUANTIZE.examine_named(given)
+    return given.x.new_empty(given.accumulator.shape)  # type: ignore[no-any-return]
 
 
 declare(dequantize, rows=("weight_scale", "bias"), columns=("addend",))

@@ -8,7 +8,7 @@ from torch import Tensor
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import KernelQuery, supporting
-from mixq_compile.ops.shared_declarations import LAYOUT
+from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 
@@ -48,27 +48,14 @@ def grouped_linear(
     )  # fmt: skip
 
 
-@grouped_linear.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    outliers: Tensor,
-    count: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    weight_zero: Tensor | None,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    addend: Tensor | None,
-    weight_format: str,
-    kernel: str,
-) -> Tensor:
-    operand_checks.GROUPED_LINEAR.examine(
-        codes, scale, outliers, count, weight_codes, outlier_weight, bias, addend
+@results_of(grouped_linear)
+def _(given: Given) -> Tensor:
+    operand_checks.GROUPED_LINEAR.examine_named(given)
+    fmt = TensorFormat.parse(given.weight_format)
+    operand_checks.examine_weight(
+        "grouped_linear", fmt, given.codes, given.weight_codes, given.weight_scale, given.weight_zero
     )
-    fmt = TensorFormat.parse(weight_format)
-    operand_checks.examine_weight("grouped_linear", fmt, codes, weight_codes, weight_scale, weight_zero)
-    return outliers.new_empty((*codes.shape[:-1], weight_codes.shape[0]))
+    return given.outliers.new_empty((*given.codes.shape[:-1], given.weight_codes.shape[0]))  # type: ignore[no-any-return]
 
 
 declare(

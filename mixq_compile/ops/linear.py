@@ -24,7 +24,7 @@ from mixq_compile.ops.composition import (
 )
 from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
-from mixq_compile.ops.shared_declarations import LAYOUT
+from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import LEARNING, STATES, state_access
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_operand, told_by_codes
@@ -96,22 +96,13 @@ def linear(
         return multiplied(given, run_kernel)  # type: ignore[no-any-return]
 
 
-@linear.register_fake
-def _(
-    x: Tensor,
-    bias: Tensor | None,
-    weight: Sequence[Tensor],
-    state: Sequence[Tensor],
-    cache: Sequence[Tensor],
-    row_mask: Tensor | None,
-    recipe: str,
-) -> Tensor:
-    parsed = LinearRecipe.parse(recipe)
-    given = parsed.named(weight, state, cache)
-    given |= {"x": x, "bias": bias, "row_mask": row_mask}
-    _operands(parsed).examine(*_operands(parsed).select(given))
-    _examine_parts(parsed, given)
-    return x.new_empty((*x.shape[:-1], given["weight_codes"].shape[0]))
+@results_of(linear)
+def _(given: Given) -> Tensor:
+    parsed = LinearRecipe.parse(given.recipe)
+    named = {**given, **parsed.named(given.weight, given.state, given.cache)}
+    _operands(parsed).examine_named(named)
+    _examine_parts(parsed, named)
+    return given.x.new_empty((*given.x.shape[:-1], named["weight_codes"].shape[0]))  # type: ignore[no-any-return]
 
 
 declare(linear, composite=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, run
-from mixq_compile.ops.shared_declarations import LAYOUT
+from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_name
@@ -32,19 +30,12 @@ def mixed_gemm(
     )  # fmt: skip
 
 
-@mixed_gemm.register_fake
-def _(
-    codes: Tensor,
-    outliers: Tensor,
-    count: Tensor,
-    weight_codes: Tensor,
-    outlier_weight: Tensor,
-    *others: Any,
-) -> tuple[Tensor, Tensor]:
-    operand_checks.MIXED_GEMM.examine(codes, outliers, count, weight_codes, outlier_weight)
-    shape = (*codes.shape[:-1], weight_codes.shape[0])
-    accumulator = codes.new_empty(shape, dtype=torch.int32)
-    return accumulator, codes.new_empty(shape, dtype=torch.float32)
+@results_of(mixed_gemm)
+def _(given: Given) -> tuple[Tensor, Tensor]:
+    operand_checks.MIXED_GEMM.examine_named(given)
+    shape = (*given.codes.shape[:-1], given.weight_codes.shape[0])
+    accumulator = given.codes.new_empty(shape, dtype=torch.int32)
+    return accumulator, given.codes.new_empty(shape, dtype=torch.float32)
 
 
 declare(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, run, run_with
-from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT
+from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_name
@@ -50,25 +50,10 @@ def mixed_linear(
     )  # fmt: skip
 
 
-@mixed_linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    outliers: Tensor,
-    count: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    small_m: int,
-    kernel: str,
-    addend: Tensor | None = None,
-) -> Tensor:
-    (operand_checks.READ_LINEAR if small_m else operand_checks.MIXED_LINEAR).examine(
-        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, addend
-    )
-    return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
+@results_of(mixed_linear)
+def _(given: Given) -> Tensor:
+    (operand_checks.READ_LINEAR if given.small_m else operand_checks.MIXED_LINEAR).examine_named(given)
+    return given.x.new_empty((*given.x.shape[:-1], given.weight_codes.shape[0]))  # type: ignore[no-any-return]
 
 
 declare(mixed_linear, product=True, joins=True, rows=WEIGHT, columns=("addend",))

@@ -85,6 +85,10 @@ class Operands:
                 self._fitting.clear()
             self._fitting.add(key)
 
+    def examine_named(self, given: Mapping[str, Tensor | None]) -> None:
+        """`examine` for operands by name."""
+        self.examine(*self.select(given))
+
     def examine(self, *tensors: Tensor | None) -> None:
         """As `check`, without remembering; symbolic sizes fit everything, so that none gets a guard."""
         known: dict[str, tuple[int, str]] = {}

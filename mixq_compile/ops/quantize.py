@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.providers import ANY_WEIGHT, run
-from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, quantized_like
+from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, Given, quantized_like, results_of
 from mixq_compile.ops.traits import declare
 
 
@@ -37,13 +35,11 @@ def quantize(
     )  # fmt: skip
 
 
-@quantize.register_fake
-def _(
-    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, format: str, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    code_bits(format)
-    operand_checks.QUANTIZE.examine(x, index, column_slot, count)
-    return quantized_like(x, index.shape[0])
+@results_of(quantize)
+def _(given: Given) -> tuple[Tensor, Tensor, Tensor]:
+    code_bits(given.format)
+    operand_checks.QUANTIZE.examine_named(given)
+    return quantized_like(given.x, given.index.shape[0])
 
 
 declare(

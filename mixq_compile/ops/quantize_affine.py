@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from mixq_compile.errors import OptionError
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import KernelQuery, supporting
-from mixq_compile.ops.shared_declarations import LAYOUT, quantized_like
+from mixq_compile.ops.shared_declarations import LAYOUT, Given, quantized_like, results_of
 from mixq_compile.ops.traits import declare
 
 FORMATS = (TensorFormat(8, signed=False), TensorFormat(4, signed=False))
@@ -53,14 +51,12 @@ def quantize_affine(
     )
 
 
-@quantize_affine.register_fake
-def _(
-    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, format: str, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    affine_format(format)
-    operand_checks.QUANTIZE_AFFINE.examine(x, index, column_slot, count)
-    codes, scale, outliers = quantized_like(x, index.shape[0])
-    return codes, scale, x.new_empty(x.shape[:-1], dtype=torch.int32), outliers
+@results_of(quantize_affine)
+def _(given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    affine_format(given.format)
+    operand_checks.QUANTIZE_AFFINE.examine_named(given)
+    codes, scale, outliers = quantized_like(given.x, given.index.shape[0])
+    return codes, scale, given.x.new_empty(given.x.shape[:-1], dtype=torch.int32), outliers
 
 
 declare(

@@ -9,7 +9,7 @@ from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import ANY_WEIGHT, run, run_with
-from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, quantized_like
+from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, Given, quantized_like, results_of
 from mixq_compile.ops.traits import declare
 
 
@@ -48,25 +48,11 @@ def quantize_online(
     )  # fmt: skip
 
 
-@quantize_online.register_fake
-def _(
-    x: Tensor,
-    index: Tensor,
-    column_slot: Tensor,
-    column_max: Tensor,
-    counters: Tensor,
-    effective_threshold: Tensor,
-    format: str,
-    miss: str,
-    small_m: int,
-    kernel: str,
-    row_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    code_bits(format)
-    operand_checks.QUANTIZE_ONLINE.examine(
-        x, index, column_slot, column_max, counters, effective_threshold, row_mask
-    )
-    return *quantized_like(x, index.shape[0]), index.new_empty(1)
+@results_of(quantize_online)
+def _(given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    code_bits(given.format)
+    operand_checks.QUANTIZE_ONLINE.examine_named(given)
+    return *quantized_like(given.x, given.index.shape[0]), given.index.new_empty(1)
 
 
 declare(quantize_online, quantizes="x", results=(*QUANTIZED, "count"), state=STATE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, ANY_WEIGHT, run
-from mixq_compile.ops.shared_declarations import LAYOUT
+from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 
@@ -83,21 +82,12 @@ def _readers(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     return zip(*lists, strict=True)
 
 
-@refresh_outlier_weights.register_fake
-def _(
-    codes: Tensor,
-    index: Tensor,
-    count: Tensor,
-    cached_index: Sequence[Tensor],
-    outlier_weight: Sequence[Tensor],
-    weight_codes: Sequence[Tensor],
-    weight_scale: Sequence[Tensor],
-    original: Sequence[Tensor],
-    *others: Any,
-) -> None:
-    held = _rows_of_each(outlier_weight, weight_codes)
-    for each in _readers(cached_index, held, weight_codes, weight_scale, original):
-        operand_checks.REFRESH.examine(codes, index, count, *each)
+@results_of(refresh_outlier_weights)
+def _(given: Given) -> None:
+    held = _rows_of_each(given.outlier_weight, given.weight_codes)
+    readers = given.cached_index, held, given.weight_codes, given.weight_scale, given.original
+    for each in _readers(*readers):
+        operand_checks.REFRESH.examine(given.codes, given.index, given.count, *each)
 
 
 declare(

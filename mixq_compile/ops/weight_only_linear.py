@@ -8,7 +8,7 @@ from torch import Tensor
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, run, run_with
-from mixq_compile.ops.shared_declarations import LAYOUT
+from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_name
 
@@ -68,24 +68,15 @@ def _check_format(
     operand_checks.examine_weight("weight_only_linear", weight, x, weight_codes, weight_scale, weight_zero)
 
 
-@weight_only_linear.register_fake
-def _(
-    x: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    kernel: str,
-    addend: Tensor | None = None,
-    weight_zero: Tensor | None = None,
-    weight_format: str = "",
-) -> Tensor:
-    weight_format = _told(weight_codes, weight_format)
-    if weight_format or weight_zero is not None:
-        operand_checks.FORMATTED_WEIGHT_ONLY.examine(x, weight_codes, bias, addend)
-        _check_format(x, weight_codes, weight_scale, weight_zero, weight_format)
+@results_of(weight_only_linear)
+def _(given: Given) -> Tensor:
+    weight_format = _told(given.weight_codes, given.weight_format)
+    if weight_format or given.weight_zero is not None:
+        operand_checks.FORMATTED_WEIGHT_ONLY.examine_named(given)
+        _check_format(given.x, given.weight_codes, given.weight_scale, given.weight_zero, weight_format)
     else:
-        operand_checks.WEIGHT_ONLY.examine(x, weight_codes, weight_scale, bias, addend)
-    return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
+        operand_checks.WEIGHT_ONLY.examine_named(given)
+    return given.x.new_empty((*given.x.shape[:-1], given.weight_codes.shape[0]))  # type: ignore[no-any-return]
 
 
 declare(

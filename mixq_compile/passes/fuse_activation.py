@@ -101,7 +101,7 @@ def _fuse_with_quantization(
     taken = {
         **operands_for(QUANTIZED, linear),
         **operands_for(QUANTIZED, quantized),
-        "activation": activation,
+        "function": activation,
     }
     with graph.graph.inserting_before(quantized):
         fused = graph.call(QUANTIZED, taken, like=linear)

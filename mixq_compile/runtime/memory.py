@@ -10,7 +10,7 @@ from torch import Tensor
 from mixq_compile.errors import MixqError
 from mixq_compile.ir.free_memory import free_bytes
 from mixq_compile.scheme import QuantScheme
-from mixq_compile.weights.recipe import nbytes
+from mixq_compile.weights import recipe as recipes
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +18,6 @@ WORTH_SAYING = 1 << 30
 """Bytes of 16-bit weights from which the one message about both copies is a warning."""
 RESERVE = 0.05
 """Part of the free memory that packing must leave."""
-
-INDEX_BYTES = 4
 
 REMEDIES = (
     "mixq_compile.quantize(model) swaps the linears before compiling and frees their 16-bit weights, and "
@@ -49,11 +47,10 @@ def check(weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) 
 
 
 def packed_bytes(weight: Tensor, scheme: QuantScheme) -> int:
-    """Bytes of what packing a weight `[N, K]` keeps: codes, scales, outlier columns and their indices.
+    """Bytes of what packing a weight `[N, K]` keeps.
 
     Of a weight `[K, N]` the codes are as many; scales and outlier columns, few beside them, about as many.
     """
     out_features, in_features = weight.shape
     slots = scheme.outliers.capacity_for(in_features) if scheme.outliers is not None else 0
-    outliers = slots * (out_features * weight.element_size() + INDEX_BYTES)
-    return nbytes(scheme.recipe, out_features, in_features, weight.dtype) + outliers
+    return recipes.packed_bytes(scheme.recipe, out_features, in_features, weight.dtype, slots)

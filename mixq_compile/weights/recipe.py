@@ -73,6 +73,14 @@ def nbytes(recipe: WeightRecipe, out_features: int, in_features: int, dtype: tor
     return total
 
 
+def packed_bytes(
+    recipe: WeightRecipe, out_features: int, in_features: int, dtype: torch.dtype, slots: int
+) -> int:
+    """Bytes of all that stands for a weight `[N, K]`: its tensors, and outlier columns with their numbers."""
+    columns = slots * (out_features * dtype.itemsize + torch.int32.itemsize)
+    return nbytes(recipe, out_features, in_features, dtype) + columns
+
+
 def empty(
     recipe: WeightRecipe,
     out_features: int,

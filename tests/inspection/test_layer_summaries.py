@@ -14,7 +14,6 @@ from mixq_compile.inspection.layers import (
     LayerSummary,
     layers_of,
     matching,
-    packed_bytes,
     sizes,
 )
 from mixq_compile.pipeline import History, PassContext, Pipeline
@@ -63,12 +62,6 @@ def test_a_layer_whose_rewrite_had_no_fuel_says_so() -> None:
     assert (len(rewritten), len(left)) == (3, 11)
     assert {layer.skip for layer in left} == {NEVER_REWRITTEN}
     assert all(layer.bytes_after == layer.bytes_before for layer in left)
-
-
-def test_four_bit_layers_take_half_the_bytes_of_codes() -> None:
-    eight, four = (packed_bytes(8, 33, bits, 0, 16) for bits in (8, 4))
-    assert eight - 8 * 4 == 8 * 33
-    assert four - 8 * 4 == 8 * 17
 
 
 @pytest.mark.parametrize(

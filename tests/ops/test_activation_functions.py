@@ -60,7 +60,7 @@ def test_passes_find_no_others() -> None:
 @pytest.mark.parametrize(
     ("operator", "operand", "unknown"),
     [("activated_linear", "function", "tanh"), ("activated_linear", "function", "none"),
-     ("quantized_linear", "activation", "silu")],
+     ("quantized_linear", "function", "silu")],
 )  # fmt: skip
 def test_an_operator_refuses_any_other(operator: str, operand: str, unknown: str) -> None:
     arguments = list(ARGUMENTS[operator](tensors(SHAPES["plain"]), SHAPES["plain"]))

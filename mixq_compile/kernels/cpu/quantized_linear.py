@@ -36,7 +36,7 @@ def quantized_linear(
     weight_scale: Tensor,
     outlier_weight: Tensor,
     bias: Tensor | None,
-    activation: str,
+    function: str,
     format: str,
     miss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,9 +49,9 @@ def quantized_linear(
     if fits and miss != "per_call":
         state = STATES.current(shared)
         call = Quantization(leading, features, dtype, state[0], state[1], format)
-        linear = operands.arguments(None, torch.float32, activation)
+        linear = operands.arguments(None, torch.float32, function)
         next_state = call.arguments(state[3], None if miss == "static" else state[4])
         if not library().mixq_quantized_linear(byref(linear), byref(next_state), type_number(dtype)):
             return *call.results(), call.used
-    numbers = operands.multiply(torch.empty((*leading, features), dtype=dtype, device=CPU), activation)
+    numbers = operands.multiply(torch.empty((*leading, features), dtype=dtype, device=CPU), function)
     return quantize_online(numbers, *shared, format, miss, 0)  # type: ignore[no-any-return]

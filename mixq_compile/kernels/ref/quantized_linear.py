@@ -25,7 +25,7 @@ def quantized_linear(
     weight_scale: Tensor,
     outlier_weight: Tensor,
     bias: Tensor | None,
-    activation: str,
+    function: str,
     format: str,
     miss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -34,5 +34,4 @@ def quantized_linear(
         outliers, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, 0
     )
     state = (index, column_slot, column_max, counters, effective_threshold)
-    function = FUNCTIONS[activation]
-    return quantize_online(function(value), *state, format, miss, 0)  # type: ignore[no-any-return]
+    return quantize_online(FUNCTIONS[function](value), *state, format, miss, 0)  # type: ignore[no-any-return]
