@@ -69,6 +69,9 @@ class Provider:
 
 _PROVIDERS: dict[str, dict[str, Provider]] = {}
 _SIGNATURES: dict[str, tuple[str, ...]] = {}
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+_AFTER_CHANGES: list[Callable[[], None]] = []
+_AFTER_LOADING: list[Callable[[], object]] = []
 announced: set[tuple[str, str]] = set()
 """Operators and devices of which it has been said that they run the slow reference."""
 
@@ -77,6 +80,22 @@ def declare(op: str, function: Callable[..., Any]) -> None:
     """Records an operator's argument names (without the trailing `kernel`), for providers to match."""
     names = tuple(inspect.signature(function).parameters)
     _SIGNATURES[op] = tuple(name for name in names if name != "kernel")
+    _IMPLEMENTATIONS[op] = function
+
+
+def implementation(op: str) -> Callable[..., Any]:
+    """The Python function of a declared operator: it checks, chooses a provider and calls that."""
+    return _IMPLEMENTATIONS[op]
+
+
+def after_loading(ready: Callable[[], object]) -> None:
+    """Calls this once all providers are loaded: for one that then takes over operators of its own."""
+    _AFTER_LOADING.append(ready)
+
+
+def on_change(forget: Callable[[], None]) -> None:
+    """Calls this whenever a provider is registered: what was remembered of a choice may be wrong then."""
+    _AFTER_CHANGES.append(forget)
 
 
 def provider(
@@ -106,6 +125,8 @@ def provider(
         _PROVIDERS.setdefault(op, {})[name] = Provider(
             op, name, function, supports, priority, speedup, small_batch, merges
         )
+        for forget in _AFTER_CHANGES:
+            forget()
         return function
 
     return register
@@ -118,6 +139,8 @@ def load_providers() -> tuple[str, ...]:
         package = importlib.import_module(f"{_KERNELS}.{name}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
+    for ready in _AFTER_LOADING:
+        ready()
     return provider_names()
 
 

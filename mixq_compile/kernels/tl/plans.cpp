@@ -1,0 +1,522 @@
+// Operators by launch plans: what a call of one key allocates and launches, kept and repeated without Python.
+//
+// A key is all that a provider may look at: shapes, strides, dtypes, devices and alignment of the operands,
+// which of them begin at one address, and the other arguments. Addresses are read in the call that uses
+// them and kept nowhere. `plan_recording.py` makes plans of what a provider does, `plan_library.py` compiles
+// this file and hands it the functions of the driver.
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "cuda.h"
+
+namespace {
+
+using Words = std::vector<int64_t>;
+using Stack = torch::jit::Stack;
+
+struct Driver {
+  CUresult (*launch)(const CUlaunchConfig*, CUfunction, void**, void**);
+  CUresult (*readdress)(CUtensorMap*, void*);
+  CUresult (*is_capturing)(CUstream, CUstreamCaptureStatus*);
+  CUresult (*error_text)(CUresult, const char**);
+  int32_t (*stream)(int32_t, void**);
+};
+Driver driver{};
+
+// Plans ------------------------------------------------------------------------------------------
+
+enum Place : int64_t { OPERAND, BUFFER, FLAGS };
+enum Kind : int64_t { POINTER, NUMBER, DESCRIPTOR };
+constexpr int DESCRIPTOR_WORDS = sizeof(CUtensorMap) / sizeof(int64_t);
+
+struct Source {
+  Place place;
+  int64_t index;
+  int64_t offset;
+};
+
+struct Parameter {
+  Kind kind;
+  Source source;
+  int64_t value;
+  int64_t descriptor[DESCRIPTOR_WORDS];
+};
+
+struct Buffer {
+  int64_t elements;
+  at::ScalarType dtype;
+  std::vector<int64_t> sizes, strides;
+};
+
+struct Launch {
+  CUfunction function;
+  unsigned grid[3];
+  unsigned threads, shared_memory;
+  bool overlaps, cooperative;
+  std::vector<Parameter> parameters;
+  size_t descriptors = 0;
+};
+
+struct Plan {
+  std::vector<Buffer> buffers;
+  std::vector<int64_t> results;
+  std::vector<Launch> launches;
+  bool reads_flags = false;
+};
+
+class Reader {
+ public:
+  Reader(const int64_t* words, int64_t count) : next_(words), end_(words + count) {}
+  int64_t one() {
+    TORCH_CHECK(next_ != end_, "mixq: a launch plan ends too early");
+    return *next_++;
+  }
+  std::vector<int64_t> many() {
+    std::vector<int64_t> found(one());
+    for (auto& item : found) item = one();
+    return found;
+  }
+  bool done() const { return next_ == end_; }
+
+ private:
+  const int64_t *next_, *end_;
+};
+
+std::shared_ptr<const Plan> read_plan(Reader words) {
+  auto plan = std::make_shared<Plan>();
+  plan->buffers.resize(words.one());
+  for (auto& buffer : plan->buffers) {
+    buffer.elements = words.one();
+    buffer.dtype = static_cast<at::ScalarType>(words.one());
+    buffer.sizes = words.many();
+    buffer.strides = words.many();
+  }
+  plan->results = words.many();
+  plan->launches.resize(words.one());
+  for (auto& launch : plan->launches) {
+    launch.function = reinterpret_cast<CUfunction>(words.one());
+    for (auto& size : launch.grid) size = static_cast<unsigned>(words.one());
+    launch.threads = static_cast<unsigned>(words.one());
+    launch.shared_memory = static_cast<unsigned>(words.one());
+    launch.overlaps = words.one();
+    launch.cooperative = words.one();
+    launch.parameters.resize(words.one());
+    for (auto& parameter : launch.parameters) {
+      parameter.kind = static_cast<Kind>(words.one());
+      if (parameter.kind == NUMBER) {
+        parameter.value = words.one();
+        continue;
+      }
+      parameter.source = {static_cast<Place>(words.one()), words.one(), words.one()};
+      plan->reads_flags |= parameter.source.place == FLAGS;
+      if (parameter.kind == DESCRIPTOR) {
+        launch.descriptors++;
+        for (auto& word : parameter.descriptor) word = words.one();
+      }
+    }
+  }
+  TORCH_CHECK(words.done(), "mixq: a launch plan goes on after its end");
+  return plan;
+}
+
+// Flags of a stream, which `hopper_schedule` deals out ------------------------------------------
+
+std::mutex flags_lock;
+std::unordered_map<uint64_t, void*> flags_of_stream[64];
+
+void* flags_of(int device, void* stream) {
+  std::lock_guard<std::mutex> held(flags_lock);
+  auto& known = flags_of_stream[device & 63];
+  auto found = known.find(reinterpret_cast<uint64_t>(stream));
+  return found == known.end() ? nullptr : found->second;
+}
+
+// Keys -------------------------------------------------------------------------------------------
+
+struct Operands {
+  c10::SmallVector<void*, 32> addresses;
+  c10::SmallVector<void*, 32> distinct;
+  Words& key;
+  c10::Device device{c10::DeviceType::CPU};
+  bool plain = true;
+
+  explicit Operands(Words& key) : key(key) {}
+
+  void add(const at::Tensor& tensor) {
+    if (!tensor.defined()) {
+      key.push_back(-1);
+      addresses.push_back(nullptr);
+      return;
+    }
+    auto* implementation = tensor.unsafeGetTensorImpl();
+    if (!implementation->has_storage() || tensor.is_conj() || tensor.is_neg()) {
+      plain = false;
+      return;
+    }
+    auto sizes = tensor.sizes();
+    auto strides = tensor.strides();
+    void* address = tensor.numel() ? tensor.data_ptr() : nullptr;
+    const auto place = tensor.device();
+    if (place.is_cuda() || addresses.empty()) device = place;
+    int64_t first = -1;
+    if (address) {
+      for (size_t at = 0; at < addresses.size() && first < 0; at++)
+        if (addresses[at] == address) first = static_cast<int64_t>(at);
+    }
+    key.push_back(
+        static_cast<int64_t>(tensor.scalar_type()) | static_cast<int64_t>(place.type()) << 8 |
+        static_cast<int64_t>(static_cast<uint8_t>(place.index())) << 16 |
+        static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) % 16 == 0) << 24 |
+        static_cast<int64_t>(sizes.size()) << 32);
+    key.push_back(first);
+    key.insert(key.end(), sizes.begin(), sizes.end());
+    key.insert(key.end(), strides.begin(), strides.end());
+    addresses.push_back(address);
+  }
+
+  void add(const c10::IValue& value) {
+    if (value.isTensor()) {
+      add(value.toTensor());
+    } else if (value.isNone()) {
+      key.push_back(-1);
+      addresses.push_back(nullptr);
+    } else if (value.isInt()) {
+      key.push_back(value.toInt());
+    } else if (value.isBool()) {
+      key.push_back(value.toBool());
+    } else if (value.isDouble()) {
+      const double number = value.toDouble();
+      int64_t bits;
+      std::memcpy(&bits, &number, sizeof bits);
+      key.push_back(bits);
+    } else if (value.isString()) {
+      const auto& text = value.toStringRef();
+      key.push_back(static_cast<int64_t>(text.size()));
+      for (size_t start = 0; start < text.size(); start += sizeof(int64_t)) {
+        int64_t part = 0;
+        std::memcpy(&part, text.data() + start, std::min(sizeof part, text.size() - start));
+        key.push_back(part);
+      }
+    } else if (value.isList()) {
+      const auto items = value.toListRef();
+      key.push_back(static_cast<int64_t>(items.size()));
+      for (const auto& item : items) add(item);
+    } else {
+      plain = false;
+    }
+  }
+};
+
+uint64_t hash_of(const Words& key) {
+  uint64_t hash = key.size();
+  for (const int64_t word : key) {
+    hash = (hash ^ static_cast<uint64_t>(word)) * 0x9E3779B97F4A7C15ull;
+    hash ^= hash >> 29;
+  }
+  return hash;
+}
+
+// A cache of plans: a key is met once, recorded when it is met again, then repeated ---------------
+
+enum State { UNKNOWN, MET, REFUSED, READY };
+
+struct Entry {
+  Words key;
+  State state;
+  std::shared_ptr<const Plan> plan;
+  uint64_t used;
+};
+
+class Cache {
+ public:
+  explicit Cache(size_t capacity) : capacity_(capacity) {}
+
+  State find(uint64_t hash, const Words& key, std::shared_ptr<const Plan>& plan) {
+    std::lock_guard<std::mutex> held(lock_);
+    auto found = entries_.find(hash);
+    if (found == entries_.end() || found->second.key != key) return UNKNOWN;
+    found->second.used = ++clock_;
+    plan = found->second.plan;
+    return found->second.state;
+  }
+
+  void keep(uint64_t hash, const Words& key, State state, std::shared_ptr<const Plan> plan) {
+    std::lock_guard<std::mutex> held(lock_);
+    if (!entries_.count(hash) && entries_.size() >= capacity_) {
+      auto oldest = entries_.begin();
+      for (auto entry = entries_.begin(); entry != entries_.end(); ++entry)
+        if (entry->second.used < oldest->second.used) oldest = entry;
+      entries_.erase(oldest);
+    }
+    entries_[hash] = Entry{key, state, std::move(plan), ++clock_};
+  }
+
+  void clear() {
+    std::lock_guard<std::mutex> held(lock_);
+    entries_.clear();
+  }
+
+  int64_t count(bool ready) {
+    std::lock_guard<std::mutex> held(lock_);
+    int64_t counted = 0;
+    for (const auto& entry : entries_) counted += !ready || entry.second.state == READY;
+    return counted;
+  }
+
+ private:
+  const size_t capacity_;
+  std::mutex lock_;
+  std::unordered_map<uint64_t, Entry> entries_;
+  uint64_t clock_ = 0;
+};
+
+thread_local std::shared_ptr<const Plan> offered;
+
+// Running ----------------------------------------------------------------------------------------
+
+bool run_plan(const Plan& plan, const Operands& operands, Stack& stack, size_t arguments, const char* name) {
+  const c10::DeviceGuard guard(operands.device);
+  const int index = operands.device.has_index() ? operands.device.index() : 0;
+  void* stream = nullptr;
+  driver.stream(index, &stream);
+  void* flags = nullptr;
+  if (plan.reads_flags) {
+    auto status = CU_STREAM_CAPTURE_STATUS_NONE;
+    driver.is_capturing(static_cast<CUstream>(stream), &status);
+    // A captured launch needs flags of its own, which Python deals out.
+    if (status != CU_STREAM_CAPTURE_STATUS_NONE || !(flags = flags_of(index, stream))) return false;
+  }
+  c10::SmallVector<at::Tensor, 8> buffers;
+  for (const auto& buffer : plan.buffers) {
+    auto made = at::empty({buffer.elements}, at::TensorOptions(operands.device).dtype(buffer.dtype));
+    made.unsafeGetTensorImpl()->set_sizes_and_strides(buffer.sizes, buffer.strides);
+    buffers.push_back(std::move(made));
+  }
+  auto address_of = [&](const Source& source) -> char* {
+    char* base = source.place == BUFFER    ? static_cast<char*>(buffers[source.index].data_ptr())
+                 : source.place == OPERAND ? static_cast<char*>(operands.addresses[source.index])
+                                           : static_cast<char*>(flags);
+    return base + source.offset;
+  };
+  for (const auto& launch : plan.launches) {
+    c10::SmallVector<void*, 48> parameters;
+    c10::SmallVector<void*, 48> pointers;
+    // Their places must not move while parameters point at them.
+    pointers.reserve(launch.parameters.size());
+    alignas(64) CUtensorMap descriptors[8];
+    TORCH_CHECK(launch.descriptors <= 8, "mixq: a launch has too many descriptors");
+    size_t described = 0;
+    for (const auto& parameter : launch.parameters) {
+      if (parameter.kind == NUMBER) {
+        parameters.push_back(const_cast<int64_t*>(&parameter.value));
+      } else if (parameter.kind == POINTER) {
+        pointers.push_back(address_of(parameter.source));
+        parameters.push_back(&pointers.back());
+      } else {
+        auto& descriptor = descriptors[described++];
+        std::memcpy(&descriptor, parameter.descriptor, sizeof descriptor);
+        const auto failed = driver.readdress(&descriptor, address_of(parameter.source));
+        TORCH_CHECK(!failed, name, ": an operand cannot be described to the GPU (CUDA error ", failed, ").");
+        parameters.push_back(&descriptor);
+      }
+    }
+    CUlaunchAttribute attributes[2];
+    std::memset(attributes, 0, sizeof attributes);
+    CUlaunchConfig config;
+    std::memset(&config, 0, sizeof config);
+    config.gridDimX = launch.grid[0];
+    config.gridDimY = launch.grid[1];
+    config.gridDimZ = launch.grid[2];
+    config.blockDimX = launch.threads;
+    config.blockDimY = config.blockDimZ = 1;
+    config.sharedMemBytes = launch.shared_memory;
+    config.hStream = static_cast<CUstream>(stream);
+    config.attrs = attributes;
+    if (launch.overlaps) {
+      attributes[config.numAttrs].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+      attributes[config.numAttrs++].value.programmaticStreamSerializationAllowed = 1;
+    }
+    if (launch.cooperative) {
+      attributes[config.numAttrs].id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+      attributes[config.numAttrs++].value.cooperative = 1;
+    }
+    const auto failed = driver.launch(&config, launch.function, parameters.data(), nullptr);
+    if (failed) {
+      const char* text = nullptr;
+      driver.error_text(failed, &text);
+      TORCH_CHECK(false, name, ": a kernel could not be launched: ", text ? text : "unknown error", ".");
+    }
+  }
+  stack.erase(stack.end() - static_cast<ptrdiff_t>(arguments), stack.end());
+  for (const auto place : plan.results) stack.emplace_back(std::move(buffers[place]));
+  return true;
+}
+
+// The operator on a GPU: by its plan, or in Python, where the key is recorded when it comes again.
+class Planned final : public c10::OperatorKernel {
+ public:
+  Planned(const std::string& name, c10::DispatchKey key, std::shared_ptr<Cache> cache)
+      : cache_(std::move(cache)),
+        // The implementation for every device stands in the place of each that has none of its own.
+        python_(key == c10::DispatchKey::CPU ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU),
+        recorded_(c10::Dispatcher::singleton().findSchemaOrThrow(("mixq_plans::" + name).c_str(), "")) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+    const auto& schema = op.schema();
+    const size_t arguments = schema.arguments().size();
+    static thread_local Words reused;
+    // A call within this one, of another operator, must not write over the key.
+    Words key = std::move(reused);
+    key.clear();
+    Operands operands(key);
+    for (const auto& argument : torch::jit::last(*stack, arguments)) operands.add(argument);
+    if (!operands.plain) return in_python(op, stack);
+    for (size_t at = 0; at < arguments; at++) {
+      const auto* alias = schema.arguments()[at].alias_info();
+      if (alias && alias->isWrite()) written(torch::jit::peek(*stack, at, arguments));
+    }
+    const auto hash = hash_of(key);
+    std::shared_ptr<const Plan> plan;
+    const auto state = cache_->find(hash, key, plan);
+    const bool done = state == READY && run_plan(*plan, operands, *stack, arguments, op.schema().name().c_str());
+    if (done) {
+      reused = std::move(key);
+      return;
+    }
+    if (state == MET) {
+      offered.reset();
+      recorded_.redispatchBoxed(python_, stack);
+      auto found = std::move(offered);
+      cache_->keep(hash, key, found ? READY : REFUSED, found);
+      return;
+    }
+    in_python(op, stack);
+    if (state == UNKNOWN) cache_->keep(hash, key, MET, nullptr);
+  }
+
+ private:
+  void in_python(const c10::OperatorHandle& op, Stack* stack) const { op.redispatchBoxed(python_, stack); }
+
+  static void written(const c10::IValue& value) {
+    if (value.isTensor()) {
+      const auto& tensor = value.toTensor();
+      if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    } else if (value.isList()) {
+      for (const auto& item : value.toListRef()) written(item);
+    }
+  }
+
+  std::shared_ptr<Cache> cache_;
+  c10::DispatchKeySet python_;
+  c10::OperatorHandle recorded_;
+};
+
+bool wants_gradient(const c10::IValue& value) {
+  if (value.isTensor()) return value.toTensor().defined() && value.toTensor().requires_grad();
+  if (!value.isList()) return false;
+  for (const auto& item : value.toListRef())
+    if (wants_gradient(item)) return true;
+  return false;
+}
+
+// Without gradients straight to the GPU's kernel, past two layers in Python.
+class WithoutGradient final : public c10::OperatorKernel {
+ public:
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    bool ordinary = keys.has(c10::DispatchKey::Python);
+    if (c10::GradMode::is_enabled()) {
+      for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size()))
+        ordinary = ordinary || wants_gradient(argument);
+    }
+    if (ordinary) {
+      // What is registered for gradients on any device, which a CPU has as well.
+      const auto others = keys.remove(c10::DispatchKey::AutogradCUDA).add(c10::DispatchKey::AutogradCPU);
+      return op.redispatchBoxed(others, stack);
+    }
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+};
+
+std::mutex registration;
+std::vector<std::unique_ptr<torch::Library>> libraries;
+std::unordered_map<std::string, std::shared_ptr<Cache>> caches;
+
+c10::DispatchKey key_named(const char* name) { return c10::parseDispatchKey(name); }
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Addresses of the functions in Driver, in that order.
+void mixq_use_driver(const void* const* functions) { std::memcpy(&driver, functions, sizeof driver); }
+
+// Implements mixq::name by plans, of which it keeps so many, for one dispatch key, such as CUDA.
+const char* mixq_implement(const char* name, const char* key, const char* gradient_key, int64_t capacity) {
+  static thread_local std::string problem;
+  try {
+    std::lock_guard<std::mutex> held(registration);
+    auto cache = std::make_shared<Cache>(static_cast<size_t>(capacity));
+    const auto planned = key_named(key);
+    libraries.push_back(std::make_unique<torch::Library>(
+        torch::Library::IMPL, "mixq", planned, __FILE__, static_cast<uint32_t>(__LINE__)));
+    libraries.back()->impl(
+        name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Planned>(name, planned, cache)));
+    if (*gradient_key) {
+      libraries.push_back(std::make_unique<torch::Library>(
+          torch::Library::IMPL, "mixq", key_named(gradient_key), __FILE__, static_cast<uint32_t>(__LINE__)));
+      libraries.back()->impl(
+          name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<WithoutGradient>()));
+    }
+    caches[name] = std::move(cache);
+    return nullptr;
+  } catch (const std::exception& error) {
+    problem = error.what();
+    return problem.c_str();
+  }
+}
+
+// The plan of the call that this thread records.
+const char* mixq_offer(const int64_t* words, int64_t count) {
+  static thread_local std::string problem;
+  try {
+    offered = read_plan(Reader(words, count));
+    return nullptr;
+  } catch (const std::exception& error) {
+    problem = error.what();
+    return problem.c_str();
+  }
+}
+
+void mixq_set_flags(int32_t device, void* stream, void* flags) {
+  std::lock_guard<std::mutex> held(flags_lock);
+  flags_of_stream[device & 63][reinterpret_cast<uint64_t>(stream)] = flags;
+}
+
+// Keys that an operator knows, or only those it has a plan for.
+int64_t mixq_count(const char* name, int32_t ready) {
+  std::lock_guard<std::mutex> held(registration);
+  auto found = caches.find(name);
+  return found == caches.end() ? 0 : found->second->count(ready);
+}
+
+void mixq_forget() {
+  std::lock_guard<std::mutex> held(registration);
+  for (auto& cache : caches) cache.second->clear();
+}
+}
+#pragma GCC visibility pop
