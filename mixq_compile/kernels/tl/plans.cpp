@@ -435,6 +435,11 @@ bool wants_gradient(const c10::IValue& value) {
 // Without gradients straight to the GPU's kernel, past two layers in Python.
 class WithoutGradient final : public c10::OperatorKernel {
  public:
+  explicit WithoutGradient(c10::DispatchKey key)
+      : own_(c10::toBackendComponent(key)),
+        others_(key == c10::DispatchKey::AutogradCPU ? c10::DispatchKey::AutogradCUDA
+                                                     : c10::DispatchKey::AutogradCPU) {}
+
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
     bool ordinary = keys.has(c10::DispatchKey::Python);
     if (c10::GradMode::is_enabled()) {
@@ -442,13 +447,17 @@ class WithoutGradient final : public c10::OperatorKernel {
         ordinary = ordinary || wants_gradient(argument);
     }
     if (ordinary) {
-      // What is registered for gradients on any device, which a CPU has as well.
-      const auto others = keys.remove(c10::DispatchKey::AutogradCUDA).add(c10::DispatchKey::AutogradCPU);
-      return op.redispatchBoxed(others, stack);
+      // As on a device that has only what is registered for all of them.
+      const auto after = (keys & c10::after_autograd_keyset).remove_backend(own_);
+      return op.redispatchBoxed(after | c10::DispatchKeySet(others_), stack);
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
     op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
   }
+
+ private:
+  c10::BackendComponent own_;
+  c10::DispatchKey others_;
 };
 
 std::mutex registration;
@@ -480,7 +489,8 @@ const char* mixq_implement(const char* name, const char* key, const char* gradie
       libraries.push_back(std::make_unique<torch::Library>(
           torch::Library::IMPL, "mixq", key_named(gradient_key), __FILE__, static_cast<uint32_t>(__LINE__)));
       libraries.back()->impl(
-          name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<WithoutGradient>()));
+          name, torch::CppFunction::makeFromBoxedFunctor(
+                    std::make_unique<WithoutGradient>(key_named(gradient_key))));
     }
     caches[name] = std::move(cache);
     return nullptr;
