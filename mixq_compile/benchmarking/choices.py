@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mixq_compile.errors import OptionError, unknown_name
-from mixq_compile.schemes.registry import scheme_names
+from mixq_compile.schemes.registry import accepted_names, get_scheme
 
 Announce = Callable[[int, int, str], None]
 """Told how many cases are done, of how many, and which one begins."""
@@ -81,7 +81,8 @@ def parse_names(text: str, kind: str, valid: Sequence[str]) -> tuple[str, ...]:
 
 def parse_schemes(text: str) -> tuple[str, ...]:
     """The schemes of a text such as `w8a8o16,w4a8o16`. Raises OptionError that lists the valid names."""
-    return parse_names(text, "scheme", scheme_names())
+    chosen = parse_names(text, "scheme", accepted_names())
+    return tuple(dict.fromkeys(get_scheme(name).name for name in chosen))
 
 
 def check_replays(replays: int) -> None:

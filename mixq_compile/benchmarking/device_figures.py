@@ -9,7 +9,7 @@ import torch
 
 from mixq_compile.errors import OptionError
 from mixq_compile.inspection.cost import H200, DeviceFigures
-from mixq_compile.ops.declarations import mixed_linear
+from mixq_compile.ops.mixed_linear import mixed_linear
 from mixq_compile.ops.providers import AUTO
 
 SIZE = 1024

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixq_compile import ops
 from mixq_compile.benchmarking.packed_linear import ACTIVATION_BITS, PackedLinear, Quantized
-from mixq_compile.ops import declarations as ops
 from mixq_compile.ops.weight_codes import aligned_empty
 
 

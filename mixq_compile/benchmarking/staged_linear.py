@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixq_compile import ops
 from mixq_compile.benchmarking.packed_linear import ACTIVATION_BITS, PackedLinear
-from mixq_compile.ops import declarations as ops
 from mixq_compile.ops.outlier_state import COUNT, FLAG
 from mixq_compile.ops.weight_codes import EPSILON
 

@@ -15,7 +15,7 @@ from mixq_compile.cli.options import Json, valid
 from mixq_compile.cli.output import console, print_json
 from mixq_compile.cli.running import FAILURE
 from mixq_compile.errors import OptionError
-from mixq_compile.schemes.registry import get_scheme, scheme_names
+from mixq_compile.schemes.registry import accepted_names, get_scheme
 
 if TYPE_CHECKING:
     from mixq_compile.inspection.inspection import Inspection
@@ -55,7 +55,7 @@ def diff(
         str | None,
         typer.Option(
             callback=valid(get_scheme),
-            help=f"Without B: compare --scheme with this one: {', '.join(scheme_names())}.",
+            help=f"Without B: compare --scheme with this one: {', '.join(accepted_names())}.",
             show_default=False,
         ),
     ] = None,

@@ -23,12 +23,12 @@ from mixq_compile.cli.options import (
 )
 from mixq_compile.cli.output import console, print_json, print_table
 from mixq_compile.errors import OptionError
-from mixq_compile.schemes.registry import scheme_names
+from mixq_compile.schemes.registry import accepted_names
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMES = ", ".join(scheme_names())
+SCHEMES = ", ".join(accepted_names())
 DEFAULT_SCHEME = "w8a8o16"
 PROTOCOL_NAMES = ("gptq", "llamacpp", "stories")
 

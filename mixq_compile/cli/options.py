@@ -10,7 +10,7 @@ import typer
 
 from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.scheme import MISS_POLICIES, OutlierPolicy
-from mixq_compile.schemes.registry import get_scheme, scheme_names
+from mixq_compile.schemes.registry import accepted_names, get_scheme
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOWERINGS = ("inductor", "aot_eager", "eager")
@@ -61,7 +61,7 @@ Dtype = Annotated[
 ]
 Scheme = Annotated[
     str,
-    typer.Option(callback=valid(get_scheme), help=f"One of {', '.join(scheme_names())}."),
+    typer.Option(callback=valid(get_scheme), help=f"One of {', '.join(accepted_names())}."),
 ]
 Threshold = Annotated[
     float | None,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.declarations import LAYOUT, WEIGHT
 from mixq_compile.ops.providers import run
+from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import weight_bits

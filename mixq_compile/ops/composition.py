@@ -18,19 +18,17 @@ from typing import Any
 
 from mixq_compile.errors import unknown_name
 from mixq_compile.ops import providers
-from mixq_compile.ops.declarations import (
-    QUANTIZED,
-    dequantize,
-    mixed_gemm,
-    mixed_linear,
-    quantize,
-    quantize_online,
-    refresh_outlier_weights,
-    weight_only_linear,
-)
+from mixq_compile.ops.dequantize import dequantize
+from mixq_compile.ops.mixed_gemm import mixed_gemm
+from mixq_compile.ops.mixed_linear import mixed_linear
 from mixq_compile.ops.operands import Signature, signature_of
+from mixq_compile.ops.quantize import quantize
+from mixq_compile.ops.quantize_online import quantize_online
+from mixq_compile.ops.refresh_outlier_weights import refresh_outlier_weights
+from mixq_compile.ops.shared_declarations import QUANTIZED
 from mixq_compile.ops.traits import Traits, traits_of
 from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.ops.weight_only_linear import weight_only_linear
 
 STATIC = "static"
 """The miss policy that never learns a column."""

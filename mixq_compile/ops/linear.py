@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.composition import STATIC, multiplied, quantized, refreshed, run_kernel, weight_only
-from mixq_compile.ops.declarations import LAYOUT, STATE, WEIGHT
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
+from mixq_compile.ops.shared_declarations import LAYOUT, STATE, WEIGHT
 from mixq_compile.ops.state_access import LEARNING, STATES, state_access
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_of

@@ -16,6 +16,9 @@ COUNT, OVERFLOW, FLAG, FROZEN = range(4)
 HELD = 2
 """Added to `counters[FROZEN]` while `hold_states` lasts: what is not 0 there learns nothing."""
 
+_HELD_AT: set[tuple[torch.device, int]] = set()
+"""Device and address of the counters that are held now; those of a copy lie elsewhere."""
+
 STATE_FIELDS = ("index", "column_slot", "column_max", "counters", "effective_threshold")
 """The buffers, in the order in which operators take them."""
 
@@ -102,12 +105,23 @@ class OutlierState:
         """Learns nothing until `let_go`; False where it was held already."""
         if self.held:
             return False
+        _HELD_AT.add(self._place)
         self.counters[FROZEN] |= HELD
         return True
 
     def let_go(self) -> None:
         """Ends `hold`: frozen is what was frozen before, or meanwhile."""
+        _HELD_AT.discard(self._place)
         self.counters[FROZEN] &= ~HELD
+
+    def let_go_if_copied(self) -> None:
+        """Ends the hold that a copy of a held state has brought along; nobody else would end it."""
+        if self.held and self._place not in _HELD_AT:
+            self.let_go()
+
+    @property
+    def _place(self) -> tuple[torch.device, int]:
+        return self.counters.device, self.counters.data_ptr()
 
     def preload(self, columns: Sequence[int], column_max: Sequence[float] | None = None) -> None:
         """Starts with these columns (calibrated), ascending, in place of those known so far.

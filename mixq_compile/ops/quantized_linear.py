@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.declarations import LAYOUT, QUANTIZED, STATE, WEIGHT
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import run
+from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, WEIGHT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, weight_bits

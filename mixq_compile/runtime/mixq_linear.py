@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mixq_compile import ops
 from mixq_compile.errors import OperandError
 from mixq_compile.ir.nested_rows import map_nested_rows
+from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.linear import policy_text
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import aligned_empty, codes_dtype, dequantize_weight, quantize_weight
@@ -266,6 +267,14 @@ class MixqLinear(nn.Module):
             state.hold()
         if prefix + TRIPWIRE in unexpected_keys:
             unexpected_keys.remove(prefix + TRIPWIRE)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Of a copy or a pickle: that one made inside `hold_states` has left it.
+        if has_data(self.counters):
+            self.outlier_state().let_go_if_copied()
+            if not self.outlier_state().held:
+                self.held = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
         # A cast of the model's dtype must not touch scales, codes and state: they only change device. Each

@@ -15,14 +15,14 @@ from mixq_compile.ops.providers import AUTO, provider_names
 from mixq_compile.pipeline import Pipeline
 from mixq_compile.runtime import torch_compat
 from mixq_compile.scheme import DEFAULT_THRESHOLD, MISS_POLICIES, OutlierPolicy, QuantScheme
-from mixq_compile.schemes.registry import get_scheme, scheme_names
+from mixq_compile.schemes.registry import accepted_names, get_scheme, scheme_names
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
 ON_ERROR = ("raise", "fallback")
 WHEN = ("auto", "always", "never")
 _SWITCHES = ("force", "batch_invariant", "release_weights")
 _NAMES: dict[str, Callable[[], Sequence[str]]] = {
-    "scheme": scheme_names,
+    "scheme": accepted_names,
     "miss": lambda: MISS_POLICIES,
     "lowering": lambda: LOWERINGS,
     "on_error": lambda: ON_ERROR,
@@ -83,8 +83,7 @@ class MixqOptions:
             if value is not None and value not in valid():
                 raise unknown_name(name, value, valid())
         for _, scheme in self.layers:
-            if scheme not in scheme_names():
-                raise unknown_name("scheme", scheme, scheme_names())
+            get_scheme(scheme)
         OutlierPolicy(
             threshold=DEFAULT_THRESHOLD if self.threshold is None else self.threshold, capacity=self.capacity
         )

@@ -78,8 +78,9 @@ def hold_states(model: nn.Module) -> Iterator[None]:
         for linear in linears:
             linear.held = False
         made = [state for state in STORE.states(parameters) if all(state is not each for each in known)]
-        with _alone([*held, *made]):
-            for state in (*held, *made):
+        now = [linear.outlier_state() for linear in linears]  # elsewhere, where the model was moved meanwhile
+        with _alone([*held, *made, *now]):
+            for state in (*held, *made, *now):
                 state.let_go()
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from mixq_compile.errors import unknown_name
 from mixq_compile.scheme import QuantScheme
 
+ALIASES = {"eetq": "w8a16"}
+"""Names under which others know a scheme; everything shows the scheme's own."""
+
 _PACKAGE, _, _OWN_NAME = __name__.rpartition(".")
 _FOLDER = str(Path(__file__).parent)
 
@@ -21,11 +24,17 @@ def scheme_names() -> tuple[str, ...]:
     return tuple(sorted(found - {_OWN_NAME}))
 
 
+def accepted_names() -> tuple[str, ...]:
+    """What a user may call schemes: their names, and other names of the same."""
+    return (*scheme_names(), *sorted(ALIASES))
+
+
 def get_scheme(name: str | QuantScheme) -> QuantScheme:
-    """The scheme of this name. Raises OptionError that lists the valid names."""
+    """The scheme of this name or alias. Raises OptionError that lists the valid names."""
     if isinstance(name, QuantScheme):
         return name
+    name = ALIASES.get(name, name)
     if name not in scheme_names():
-        raise unknown_name("scheme", name, scheme_names())
+        raise unknown_name("scheme", name, accepted_names())
     scheme: QuantScheme = importlib.import_module(f"{_PACKAGE}.{name}").SCHEME
     return scheme

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mixq_compile import ops
 from mixq_compile.formats import TensorFormat
-from mixq_compile.ops import declarations as ops
 from mixq_compile.ops.activated_linear import activated_linear
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.weight_codes import dequantize_weight, quantize_weight

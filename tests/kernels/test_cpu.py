@@ -12,12 +12,12 @@ import edge_cases
 import pytest
 import torch
 
+from mixq_compile import ops
 from mixq_compile.errors import KernelError
 from mixq_compile.formats import INT8
 from mixq_compile.kernels.cpu import availability, build, linears, measured
 from mixq_compile.kernels.cpu import quantized_linear as cpu_quantized_linear
 from mixq_compile.kernels.cpu.linears import LinearOperands
-from mixq_compile.ops import declarations as ops
 from mixq_compile.ops.outlier_state import COUNT, OVERFLOW, OutlierState
 from mixq_compile.ops.providers import KernelQuery, choose, load_providers, small_batch_limit
 from mixq_compile.ops.quantized_linear import quantized_linear

@@ -6,8 +6,8 @@ import edge_cases
 import pytest
 import torch
 
+from mixq_compile import ops
 from mixq_compile.formats import INT8
-from mixq_compile.ops import declarations as ops
 from mixq_compile.ops.outlier_state import COUNT, OVERFLOW, OutlierState
 from mixq_compile.ops.providers import KernelQuery, choose, load_providers, small_batch_limit
 

@@ -13,8 +13,8 @@ import edge_cases
 import pytest
 import torch
 
+from mixq_compile import ops
 from mixq_compile.errors import KernelError
-from mixq_compile.ops import declarations as ops
 from mixq_compile.ops.outlier_state import OutlierState
 
 pytest.importorskip("triton")

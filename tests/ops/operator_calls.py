@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixq_compile import ops
 from mixq_compile.formats import TensorFormat
-from mixq_compile.ops import declarations
-from mixq_compile.ops.activated_linear import activated_linear
-from mixq_compile.ops.linear import linear
 from mixq_compile.ops.outlier_state import OutlierState
-from mixq_compile.ops.quantized_linear import quantized_linear
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.scheme import WeightRecipe
 
 OPERATORS: dict[str, Any] = {
-    name: getattr(declarations, name)
+    name: getattr(ops, name)
     for name in (
         "quantize",
         "quantize_online",
@@ -28,11 +25,10 @@ OPERATORS: dict[str, Any] = {
         "dequantize",
         "mixed_linear",
         "weight_only_linear",
+        "activated_linear",
+        "linear",
+        "quantized_linear",
     )
-} | {
-    "activated_linear": activated_linear,
-    "linear": linear,
-    "quantized_linear": quantized_linear,
 }
 
 
@@ -114,7 +110,7 @@ def tensors(shape: Shape, seed: int = 0) -> Tensors:
 def quantized(t: Tensors, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and outliers of the input with the columns known before."""
     state = t.state
-    return declarations.quantize(  # type: ignore[no-any-return]
+    return ops.quantize(  # type: ignore[no-any-return]
         t.x, state.index, state.column_slot, state.counters, shape.activation_bits, shape.small_m, "ref"
     )
 
@@ -145,7 +141,7 @@ def _mixed_gemm(t: Tensors, shape: Shape) -> tuple[Any, ...]:
 
 def _dequantize(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     _, scale, _ = quantized(t, shape)
-    accumulator, product = declarations.mixed_gemm(*_mixed_gemm(t, shape))
+    accumulator, product = ops.mixed_gemm(*_mixed_gemm(t, shape))
     return t.x, accumulator, product, scale, t.scale, t.bias, "ref"
 
 

@@ -10,8 +10,8 @@ import torch
 from simulation import SimulatedState
 from torch import Tensor
 
+from mixq_compile import ops
 from mixq_compile.formats import TensorFormat
-from mixq_compile.ops import declarations as ops
 from mixq_compile.ops import linear
 from mixq_compile.ops.outlier_state import OVERFLOW, OutlierState
 from mixq_compile.ops.weight_codes import dequantize_weight, quantize_weight

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -116,6 +118,54 @@ def test_what_is_copied_or_saved_inside_is_not_held_for_ever() -> None:
     other.load_state_dict(state)
     other(rows(columns=(3,)))
     assert columns(other)[0] == (3,)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_and_loaded])
+def test_a_copy_made_inside_learns_and_the_original_stays_held(
+    copied: Callable[[nn.Module], nn.Module],
+) -> None:
+    model, call = prepared("quantize")
+    call(rows(columns=(3,)))
+    with mixq.hold_states(model):
+        other = copied(model)
+        other(rows(columns=(5,)))
+        call(rows(columns=(7,)))
+        assert (columns(other)[0], columns(model)[0]) == ((3, 5), (3,))
+    other(rows(columns=(9,)))
+    call(rows(columns=(7,)))
+    assert (columns(other)[0], columns(model)[0]) == ((3, 5, 9), (3, 7))
+
+
+def test_a_shallow_copy_made_inside_ends_no_hold() -> None:
+    model, call = prepared("quantize")
+    with mixq.hold_states(model):
+        other = copy.copy(model.get_submodule("up_proj"))
+        call(rows(columns=(7,)))
+        assert columns(model)[0] == ()
+    other(rows(columns=(7,)))
+    assert columns(model)[0] == (7,), "its buffers are the original's"
+
+
+def test_a_model_moved_inside_learns_afterwards() -> None:
+    model, call = prepared("quantize")
+    with mixq.hold_states(model):
+        model.up_proj.to_empty(device="meta")
+        model.up_proj.to_empty(device="cpu").load_state_dict(prepared("quantize")[0].up_proj.state_dict())
+        call(rows(columns=(7,)))
+        assert columns(model)[0] == ()
+    call(rows(columns=(7,)))
+    assert columns(model)[0] == (7,)
 
 
 def test_loading_inside_keeps_the_hold() -> None:
