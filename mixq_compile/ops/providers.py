@@ -11,7 +11,7 @@ import importlib
 import inspect
 import logging
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,16 @@ def declare(op: str, function: Callable[..., Any]) -> None:
     """Records an operator's argument names (without the trailing `kernel`), for providers to match."""
     names = tuple(inspect.signature(function).parameters)
     _SIGNATURES[op] = tuple(name for name in names if name != "kernel")
+
+
+def implements(op: str, function: Callable[..., Any]) -> None:
+    """Records the Python function of an operator: it checks, chooses providers and calls them."""
     _IMPLEMENTATIONS[op] = function
 
 
-def implementation(op: str) -> Callable[..., Any]:
-    """The Python function of a declared operator: it checks, chooses a provider and calls that."""
-    return _IMPLEMENTATIONS[op]
+def implementations() -> Mapping[str, Callable[..., Any]]:
+    """The Python functions of all operators, composite ones too."""
+    return _IMPLEMENTATIONS
 
 
 def after_loading(ready: Callable[[], object]) -> None:

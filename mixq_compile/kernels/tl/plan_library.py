@@ -11,16 +11,18 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mixq_compile.errors import KernelError
-from mixq_compile.kernels.tl.plan_recording import recorded
+from mixq_compile.kernels.tl.plan_recording import note_order, recorded
 from mixq_compile.kernels.tl.speed_table import cache_file
 from mixq_compile.kernels.tl.toolkit import TRITON_PROBLEM, interpreting
 from mixq_compile.ops import providers
+from mixq_compile.ops.state_access import StreamOrder
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +98,11 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(compiled_library()))
     except OSError as error:
         raise KernelError(f"the compiled launcher cannot be loaded: {error}") from error
-    loaded.mixq_implement.restype = loaded.mixq_offer.restype = ctypes.c_char_p
-    loaded.mixq_implement.argtypes = (*[ctypes.c_char_p] * 3, ctypes.c_int64)
+    for function in (loaded.mixq_implement, loaded.mixq_offer, loaded.mixq_enter):
+        function.restype = ctypes.c_char_p
+    loaded.mixq_enter.argtypes = loaded.mixq_leave.argtypes = (ctypes.c_int32,)
+    loaded.mixq_leave.restype = None
+    loaded.mixq_implement.argtypes = (*[ctypes.c_char_p] * 4, ctypes.c_int64)
     loaded.mixq_offer.argtypes = (ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)
     loaded.mixq_set_flags.argtypes = (ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
     loaded.mixq_count.argtypes = (ctypes.c_char_p, ctypes.c_int32)
@@ -116,7 +121,7 @@ def offer(words: Sequence[int]) -> None:
 
 
 def plans_of(operator: str) -> int:
-    """How many plans an operator keeps now."""
+    """How many plans an operator, such as `mixq::quantize`, keeps now."""
     return int(library().mixq_count(operator.encode(), 1))
 
 
@@ -138,8 +143,7 @@ def keep_flags(flags: torch.Tensor, stream: int) -> None:
 
 
 def use_driver(functions: Iterable[int | None]) -> None:
-    """Hands over the addresses of cuLaunchKernelEx, cuTensorMapReplaceAddress, cuStreamIsCapturing,
-    cuGetErrorString and of what gives the current stream."""
+    """Hands over the addresses of the functions that `Driver` of plans.cpp lists, in its order."""
     addresses = list(functions)
     library().mixq_use_driver((ctypes.c_void_p * len(addresses))(*addresses))
 
@@ -149,18 +153,31 @@ def _driver() -> list[int | None]:
     of_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
     functions = (
         cuda.cuLaunchKernelEx, cuda.cuTensorMapReplaceAddress, cuda.cuStreamIsCapturing, cuda.cuGetErrorString,
+        cuda.cuEventCreate, cuda.cuEventRecord, cuda.cuStreamWaitEvent,
         of_torch.aoti_torch_get_current_cuda_stream,
     )  # fmt: skip
     return [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
 
 
 def implement(
-    name: str, function: Callable[..., Any], key: str, gradient_key: str, capacity: int
-) -> None:
-    """Lets plans implement an operator for a dispatch key; `function` is its implementation in Python."""
-    _RECORDERS.define(str(getattr(torch.ops.mixq, name).default._schema).removeprefix("mixq::"))
+    operator: str, function: Callable[..., Any], key: str, gradient_key: str = "",
+    capacity: int = PLANS_OF_AN_OPERATOR,
+) -> None:  # fmt: skip
+    """Lets plans implement an operator, such as `mixq::quantize`, for a dispatch key.
+
+    Args:
+        operator: its name with the namespace.
+        function: its implementation in Python, registered for every device.
+        key: `CUDA`, in tests `CPU`.
+        gradient_key: `AutogradCUDA`, to spare calls without gradients what is registered in Python.
+        capacity: how many keys it remembers.
+    """
+    space, name = operator.split("::")
+    schema = getattr(getattr(torch.ops, space), name).default._schema
+    _RECORDERS.define(str(schema).removeprefix(f"{space}::"))
     _RECORDERS.impl(name, recorded(function, offer), "CompositeExplicitAutograd")
-    _raise_for(library().mixq_implement(name.encode(), key.encode(), gradient_key.encode(), capacity))
+    texts = (operator, f"mixq_plans::{name}", key, gradient_key)
+    _raise_for(library().mixq_implement(*(text.encode() for text in texts), capacity))
 
 
 @functools.cache
@@ -175,11 +192,26 @@ def enabled() -> bool:
     except (KernelError, OSError, AttributeError) as error:
         log.warning("launches go through Python, which costs about ten times the host's time: %s", error)
         return False
-    for name in providers.operators():
-        implement(name, providers.implementation(name), "CUDA", "AutogradCUDA", PLANS_OF_AN_OPERATOR)
+    for name, function in providers.implementations().items():
+        implement(f"mixq::{name}", function, "CUDA", "AutogradCUDA")
     providers.on_change(forget_plans)
-    log.info("launch plans implement %s", ", ".join(providers.operators()))
+    StreamOrder.make = SharedOrder
     return True
+
+
+class SharedOrder(AbstractContextManager[None]):
+    """The order of a device's calls that learn, as StreamOrder is, which plans follow as well."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._enter, self._leave = library().mixq_enter, library().mixq_leave
+
+    def __enter__(self) -> None:
+        _raise_for(self._enter(self._device))
+        note_order()
+
+    def __exit__(self, *exception: object) -> None:
+        self._leave(self._device)
 
 
 providers.after_loading(enabled)

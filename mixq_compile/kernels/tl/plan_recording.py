@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Recording", "enqueue", "note_flags"]
+__all__ = ["Recording", "enqueue", "note_flags", "note_order", "recorded"]
 
 OPERAND, BUFFER, FLAGS = range(3)
 """Where the memory of a pointer lies, as `plans.cpp` numbers it."""
@@ -87,6 +87,8 @@ class Recording(TorchDispatchMode):
         self._buffers: list[Tensor] = []
         self._flags: list[int] = []
         self._launches: list[list[int]] = []
+        self.ordered = False
+        """Whether the call learns, so that it must follow the last that did."""
         self.refusal: str | None = None
         """Why there is no plan; None where there is one."""
         starts = sorted({(operand.start, operand.end) for operand in self._operands if operand.end})
@@ -205,7 +207,7 @@ class Recording(TorchDispatchMode):
                 raise Refused("two results share memory")
             if self.refusal is not None:
                 return None
-            words = [len(self._buffers)]
+            words = [int(self.ordered), len(self._buffers)]
             views = {self._result(item): item for item in _flattened([result]) if item is not None}
             for number, buffer in enumerate(self._buffers):
                 view = views.get(number, buffer)
@@ -240,6 +242,12 @@ def note_flags(flags: Tensor) -> None:
     """Says, where a call is recorded, that this memory is that of its stream's flags."""
     if _CURRENT.recording is not None:
         _CURRENT.recording.note_flags(flags)
+
+
+def note_order() -> None:
+    """Says, where a call is recorded, that it learns."""
+    if _CURRENT.recording is not None:
+        _CURRENT.recording.ordered = True
 
 
 def recorded(function: Callable[..., Any], offer: Callable[[list[int]], None]) -> Callable[..., Any]:

@@ -5,10 +5,13 @@
 // them and kept nowhere. `plan_recording.py` makes plans of what a provider does, `plan_library.py` compiles
 // this file and hands it the functions of the driver.
 
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -32,9 +35,31 @@ struct Driver {
   CUresult (*readdress)(CUtensorMap*, void*);
   CUresult (*is_capturing)(CUstream, CUstreamCaptureStatus*);
   CUresult (*error_text)(CUresult, const char**);
+  CUresult (*create_event)(CUevent*, unsigned);
+  CUresult (*record_event)(CUevent, CUstream);
+  CUresult (*await_event)(CUstream, CUevent, unsigned);
   int32_t (*stream)(int32_t, void**);
 };
 Driver driver{};
+
+void check(CUresult failed, const char* what) {
+  if (!failed) return;
+  const char* text = nullptr;
+  driver.error_text(failed, &text);
+  TORCH_CHECK(false, what, ": ", text ? text : "unknown CUDA error", ".");
+}
+
+void* current_stream(int device) {
+  void* stream = nullptr;
+  driver.stream(device, &stream);
+  return stream;
+}
+
+bool is_capturing(void* stream) {
+  auto status = CU_STREAM_CAPTURE_STATUS_NONE;
+  driver.is_capturing(static_cast<CUstream>(stream), &status);
+  return status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
 
 // Plans ------------------------------------------------------------------------------------------
 
@@ -75,6 +100,7 @@ struct Plan {
   std::vector<int64_t> results;
   std::vector<Launch> launches;
   bool reads_flags = false;
+  bool ordered = false;
 };
 
 class Reader {
@@ -97,6 +123,7 @@ class Reader {
 
 std::shared_ptr<const Plan> read_plan(Reader words) {
   auto plan = std::make_shared<Plan>();
+  plan->ordered = words.one();
   plan->buffers.resize(words.one());
   for (auto& buffer : plan->buffers) {
     buffer.elements = words.one();
@@ -143,6 +170,30 @@ void* flags_of(int device, void* stream) {
   auto found = known.find(reinterpret_cast<uint64_t>(stream));
   return found == known.end() ? nullptr : found->second;
 }
+
+// The order of calls that learn, which those in Python enter by the functions at the end ----------
+
+struct Order {
+  std::recursive_mutex launching;
+  void* last = nullptr;
+  bool begun = false;
+  CUevent event = nullptr;
+
+  // Lets what this thread launches next on its stream wait for what the last call was given.
+  void follow(int device) {
+    void* stream = current_stream(device);
+    if ((begun && stream == last) || is_capturing(stream)) return;
+    if (begun) {
+      const c10::DeviceGuard guard(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device)));
+      if (!event) check(driver.create_event(&event, CU_EVENT_DISABLE_TIMING), "an event cannot be made");
+      check(driver.record_event(event, static_cast<CUstream>(last)), "an event cannot be recorded");
+      check(driver.await_event(static_cast<CUstream>(stream), event, 0), "an event cannot be awaited");
+    }
+    begun = true;
+    last = stream;
+  }
+};
+Order orders[64];
 
 // Keys -------------------------------------------------------------------------------------------
 
@@ -287,24 +338,35 @@ thread_local std::shared_ptr<const Plan> offered;
 
 // Running ----------------------------------------------------------------------------------------
 
+at::Tensor allocate(const Buffer& buffer, c10::Device device) {
+  static c10::Allocator* const direct = c10::GetAllocator(c10::DeviceType::CUDA);
+  at::Tensor made;
+  if (direct && device.is_cuda() && !at::globalContext().deterministicAlgorithms()) {
+    made = at::detail::empty_generic(
+        {buffer.elements}, direct, c10::DispatchKeySet(c10::DispatchKey::CUDA), buffer.dtype, std::nullopt);
+  } else {
+    made = at::empty({buffer.elements}, at::TensorOptions(device).dtype(buffer.dtype));
+  }
+  made.unsafeGetTensorImpl()->set_sizes_and_strides(buffer.sizes, buffer.strides);
+  return made;
+}
+
 bool run_plan(const Plan& plan, const Operands& operands, Stack& stack, size_t arguments, const char* name) {
   const c10::DeviceGuard guard(operands.device);
   const int index = operands.device.has_index() ? operands.device.index() : 0;
-  void* stream = nullptr;
-  driver.stream(index, &stream);
+  std::unique_lock<std::recursive_mutex> ordered;
+  if (plan.ordered) {
+    // Where another call is being launched, Python waits for it, and lets go of its own lock meanwhile.
+    ordered = std::unique_lock<std::recursive_mutex>(orders[index & 63].launching, std::try_to_lock);
+    if (!ordered) return false;
+    orders[index & 63].follow(index);
+  }
+  void* stream = current_stream(index);
   void* flags = nullptr;
-  if (plan.reads_flags) {
-    auto status = CU_STREAM_CAPTURE_STATUS_NONE;
-    driver.is_capturing(static_cast<CUstream>(stream), &status);
-    // A captured launch needs flags of its own, which Python deals out.
-    if (status != CU_STREAM_CAPTURE_STATUS_NONE || !(flags = flags_of(index, stream))) return false;
-  }
+  // A captured launch needs flags of its own, which Python deals out.
+  if (plan.reads_flags && (is_capturing(stream) || !(flags = flags_of(index, stream)))) return false;
   c10::SmallVector<at::Tensor, 8> buffers;
-  for (const auto& buffer : plan.buffers) {
-    auto made = at::empty({buffer.elements}, at::TensorOptions(operands.device).dtype(buffer.dtype));
-    made.unsafeGetTensorImpl()->set_sizes_and_strides(buffer.sizes, buffer.strides);
-    buffers.push_back(std::move(made));
-  }
+  for (const auto& buffer : plan.buffers) buffers.push_back(allocate(buffer, operands.device));
   auto address_of = [&](const Source& source) -> char* {
     char* base = source.place == BUFFER    ? static_cast<char*>(buffers[source.index].data_ptr())
                  : source.place == OPERAND ? static_cast<char*>(operands.addresses[source.index])
@@ -328,8 +390,7 @@ bool run_plan(const Plan& plan, const Operands& operands, Stack& stack, size_t a
       } else {
         auto& descriptor = descriptors[described++];
         std::memcpy(&descriptor, parameter.descriptor, sizeof descriptor);
-        const auto failed = driver.readdress(&descriptor, address_of(parameter.source));
-        TORCH_CHECK(!failed, name, ": an operand cannot be described to the GPU (CUDA error ", failed, ").");
+        check(driver.readdress(&descriptor, address_of(parameter.source)), name);
         parameters.push_back(&descriptor);
       }
     }
@@ -353,46 +414,65 @@ bool run_plan(const Plan& plan, const Operands& operands, Stack& stack, size_t a
       attributes[config.numAttrs].id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
       attributes[config.numAttrs++].value.cooperative = 1;
     }
-    const auto failed = driver.launch(&config, launch.function, parameters.data(), nullptr);
-    if (failed) {
-      const char* text = nullptr;
-      driver.error_text(failed, &text);
-      TORCH_CHECK(false, name, ": a kernel could not be launched: ", text ? text : "unknown error", ".");
-    }
+    check(driver.launch(&config, launch.function, parameters.data(), nullptr), name);
   }
   stack.erase(stack.end() - static_cast<ptrdiff_t>(arguments), stack.end());
   for (const auto place : plan.results) stack.emplace_back(std::move(buffers[place]));
   return true;
 }
 
+void count_write(const c10::IValue& value) {
+  if (value.isTensor()) {
+    const auto& tensor = value.toTensor();
+    if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  } else if (value.isList()) {
+    for (const auto& item : value.toListRef()) count_write(item);
+  }
+}
+
+// Which operands an operator writes, as its schema says.
+struct Written {
+  size_t arguments = 0;
+  std::vector<size_t> places;
+
+  explicit Written(const std::string& name) {
+    const auto& schema = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").schema();
+    arguments = schema.arguments().size();
+    for (size_t at = 0; at < arguments; at++) {
+      const auto* alias = schema.arguments()[at].alias_info();
+      if (alias && alias->isWrite()) places.push_back(at);
+    }
+  }
+
+  void count(const Stack& stack) const {
+    for (const auto at : places) count_write(torch::jit::peek(stack, at, arguments));
+  }
+};
+
 // The operator on a GPU: by its plan, or in Python, where the key is recorded when it comes again.
 class Planned final : public c10::OperatorKernel {
  public:
-  Planned(const std::string& name, c10::DispatchKey key, std::shared_ptr<Cache> cache)
+  Planned(
+      const std::string& name, const std::string& recorder, c10::DispatchKey key, std::shared_ptr<Cache> cache)
       : cache_(std::move(cache)),
         // The implementation for every device stands in the place of each that has none of its own.
         python_(key == c10::DispatchKey::CPU ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU),
-        recorded_(c10::Dispatcher::singleton().findSchemaOrThrow(("mixq_plans::" + name).c_str(), "")) {}
+        recorded_(c10::Dispatcher::singleton().findSchemaOrThrow(recorder.c_str(), "")),
+        name_(name),
+        written_(name) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
-    const auto& schema = op.schema();
-    const size_t arguments = schema.arguments().size();
     static thread_local Words reused;
     // A call within this one, of another operator, must not write over the key.
     Words key = std::move(reused);
     key.clear();
     Operands operands(key);
-    for (const auto& argument : torch::jit::last(*stack, arguments)) operands.add(argument);
+    for (const auto& argument : torch::jit::last(*stack, written_.arguments)) operands.add(argument);
     if (!operands.plain) return in_python(op, stack);
-    for (size_t at = 0; at < arguments; at++) {
-      const auto* alias = schema.arguments()[at].alias_info();
-      if (alias && alias->isWrite()) written(torch::jit::peek(*stack, at, arguments));
-    }
     const auto hash = hash_of(key);
     std::shared_ptr<const Plan> plan;
     const auto state = cache_->find(hash, key, plan);
-    const bool done = state == READY && run_plan(*plan, operands, *stack, arguments, op.schema().name().c_str());
-    if (done) {
+    if (state == READY && run_plan(*plan, operands, *stack, written_.arguments, name_.c_str())) {
       reused = std::move(key);
       return;
     }
@@ -410,18 +490,29 @@ class Planned final : public c10::OperatorKernel {
  private:
   void in_python(const c10::OperatorHandle& op, Stack* stack) const { op.redispatchBoxed(python_, stack); }
 
-  static void written(const c10::IValue& value) {
-    if (value.isTensor()) {
-      const auto& tensor = value.toTensor();
-      if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-    } else if (value.isList()) {
-      for (const auto& item : value.toListRef()) written(item);
-    }
-  }
-
   std::shared_ptr<Cache> cache_;
   c10::DispatchKeySet python_;
   c10::OperatorHandle recorded_;
+  std::string name_;
+  Written written_;
+};
+
+// Counts the writes to operands, as for operators of PyTorch, past a layer in Python.
+class Counted final : public c10::OperatorKernel {
+ public:
+  explicit Counted(const std::string& name) : written_(name) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    written_.count(*stack);
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+
+ private:
+  Written written_;
+};
+
+class Silence final : public c10::WarningHandler {
+  void process(const c10::Warning&) override {}
 };
 
 bool wants_gradient(const c10::IValue& value) {
@@ -435,15 +526,16 @@ bool wants_gradient(const c10::IValue& value) {
 // Without gradients straight to the GPU's kernel, past two layers in Python.
 class WithoutGradient final : public c10::OperatorKernel {
  public:
-  explicit WithoutGradient(c10::DispatchKey key)
-      : own_(c10::toBackendComponent(key)),
+  WithoutGradient(const std::string& name, c10::DispatchKey key)
+      : written_(name),
+        own_(c10::toBackendComponent(key)),
         others_(key == c10::DispatchKey::AutogradCPU ? c10::DispatchKey::AutogradCUDA
                                                      : c10::DispatchKey::AutogradCPU) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
     bool ordinary = keys.has(c10::DispatchKey::Python);
     if (c10::GradMode::is_enabled()) {
-      for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size()))
+      for (const auto& argument : torch::jit::last(*stack, written_.arguments))
         ordinary = ordinary || wants_gradient(argument);
     }
     if (ordinary) {
@@ -451,11 +543,13 @@ class WithoutGradient final : public c10::OperatorKernel {
       const auto after = (keys & c10::after_autograd_keyset).remove_backend(own_);
       return op.redispatchBoxed(after | c10::DispatchKeySet(others_), stack);
     }
+    written_.count(*stack);
     const at::AutoDispatchBelowADInplaceOrView guard;
     op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
   }
 
  private:
+  Written written_;
   c10::BackendComponent own_;
   c10::DispatchKey others_;
 };
@@ -463,8 +557,6 @@ class WithoutGradient final : public c10::OperatorKernel {
 std::mutex registration;
 std::vector<std::unique_ptr<torch::Library>> libraries;
 std::unordered_map<std::string, std::shared_ptr<Cache>> caches;
-
-c10::DispatchKey key_named(const char* name) { return c10::parseDispatchKey(name); }
 
 }  // namespace
 
@@ -474,23 +566,33 @@ extern "C" {
 // Addresses of the functions in Driver, in that order.
 void mixq_use_driver(const void* const* functions) { std::memcpy(&driver, functions, sizeof driver); }
 
-// Implements mixq::name by plans, of which it keeps so many, for one dispatch key, such as CUDA.
-const char* mixq_implement(const char* name, const char* key, const char* gradient_key, int64_t capacity) {
+// Implements an operator by plans, of which it keeps so many, for one dispatch key, such as CUDA. `recorder`
+// is an operator of the same schema that offers a plan of its call.
+const char* mixq_implement(
+    const char* name, const char* recorder, const char* key, const char* gradient_key, int64_t capacity) {
   static thread_local std::string problem;
   try {
     std::lock_guard<std::mutex> held(registration);
     auto cache = std::make_shared<Cache>(static_cast<size_t>(capacity));
-    const auto planned = key_named(key);
-    libraries.push_back(std::make_unique<torch::Library>(
-        torch::Library::IMPL, "mixq", planned, __FILE__, static_cast<uint32_t>(__LINE__)));
-    libraries.back()->impl(
-        name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Planned>(name, planned, cache)));
-    if (*gradient_key) {
+    const std::string qualified(name);
+    const auto split = qualified.find("::");
+    auto add = [&](c10::DispatchKey place, auto kernel) {
       libraries.push_back(std::make_unique<torch::Library>(
-          torch::Library::IMPL, "mixq", key_named(gradient_key), __FILE__, static_cast<uint32_t>(__LINE__)));
+          torch::Library::IMPL, qualified.substr(0, split), place, __FILE__, static_cast<uint32_t>(__LINE__)));
       libraries.back()->impl(
-          name, torch::CppFunction::makeFromBoxedFunctor(
-                    std::make_unique<WithoutGradient>(key_named(gradient_key))));
+          qualified.substr(split + 2).c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(kernel)));
+    };
+    const auto planned = c10::parseDispatchKey(key);
+    add(planned, std::make_unique<Planned>(qualified, recorder, planned, cache));
+    if (*gradient_key) {
+      const auto gradient = c10::parseDispatchKey(gradient_key);
+      add(gradient, std::make_unique<WithoutGradient>(qualified, gradient));
+      if (!Written(qualified).places.empty()) {
+        // In place of one in Python that does the same for every device.
+        Silence silence;
+        const c10::WarningUtils::WarningHandlerGuard silent(&silence);
+        add(c10::DispatchKey::ADInplaceOrView, std::make_unique<Counted>(qualified));
+      }
     }
     caches[name] = std::move(cache);
     return nullptr;
@@ -516,6 +618,23 @@ void mixq_set_flags(int32_t device, void* stream, void* flags) {
   std::lock_guard<std::mutex> held(flags_lock);
   flags_of_stream[device & 63][reinterpret_cast<uint64_t>(stream)] = flags;
 }
+
+// Begins a call that learns on a device: waits for those of other threads, and on its stream for the last.
+const char* mixq_enter(int32_t device) {
+  static thread_local std::string problem;
+  auto& order = orders[device & 63];
+  order.launching.lock();
+  try {
+    order.follow(device);
+    return nullptr;
+  } catch (const std::exception& error) {
+    order.launching.unlock();
+    problem = error.what();
+    return problem.c_str();
+  }
+}
+
+void mixq_leave(int32_t device) { orders[device & 63].launching.unlock(); }
 
 // Keys that an operator knows, or only those it has a plan for.
 int64_t mixq_count(const char* name, int32_t ready) {
