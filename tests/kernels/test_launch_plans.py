@@ -40,7 +40,7 @@ class Launch(ctypes.Structure):
     """The driver's CUlaunchConfig."""
 
     _fields_ = (
-        *((name, ctypes.c_uint) for name in "gx gy gz bx by bz shared".split()),
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.c_void_p),
         ("count", ctypes.c_uint),
@@ -57,7 +57,9 @@ class Driver:
         self.parameters = 5
         number, address = ctypes.c_int, ctypes.c_void_p
         self._kept = [
-            ctypes.CFUNCTYPE(number, ctypes.POINTER(Launch), address, ctypes.POINTER(address), address)(self._launch),
+            ctypes.CFUNCTYPE(number, ctypes.POINTER(Launch), address, ctypes.POINTER(address), address)(
+                self._launch
+            ),
             ctypes.CFUNCTYPE(number, address, address)(lambda *_: 0),
             ctypes.CFUNCTYPE(number, address, address)(lambda *_: 0),
             ctypes.CFUNCTYPE(number, number, ctypes.POINTER(ctypes.c_char_p))(self._text),
@@ -83,6 +85,9 @@ class Driver:
         return 0
 
 
+SIGNATURE = {"x": "*fp32", "out": "*fp32", "rows": "i32", "BLOCK": "constexpr"}
+
+
 class Compiled(NamedTuple):
     """As much of a kernel that Triton has compiled as a recording reads."""
 
@@ -102,7 +107,7 @@ class Compiled(NamedTuple):
     @property
     def src(self) -> Any:
         class Source:
-            signature = {"x": "*fp32", "out": "*fp32", "rows": "i32", "BLOCK": "constexpr"}
+            signature = SIGNATURE
 
         return Source
 
@@ -112,7 +117,7 @@ class Kernel:
 
     arg_names = ("x", "out", "rows", "BLOCK")
 
-    def __init__(self, compiled: Compiled = Compiled()) -> None:
+    def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -128,7 +133,7 @@ def _unseen() -> bool:
     return plan_recording._CURRENT.recording is None
 
 
-KERNEL = Kernel()
+KERNEL = Kernel(Compiled())
 
 
 def doubled(x: Tensor, other: Tensor | None, note: str) -> Tensor:
@@ -276,7 +281,7 @@ def test_threads_share_plans_and_each_launches_on_its_stream(driver: Driver) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    assert problems == [] and len(RUNS) == 2
+    assert (problems, len(RUNS)) == ([], 2)
     assert sorted((one.stream, one.parameters[0]) for one in driver.launches) == sorted(results)
 
 
@@ -314,20 +319,23 @@ def test_a_refusal_says_why() -> None:
     cases = {
         "it runs aten": lambda x: doubled(x, None, "copies"),
         "no memory that the call allocated": lambda x: x,
-        "no operand's": lambda x: enqueue(KERNEL, (1,), X, torch.empty_like(x), 4, BLOCK=16) or torch.empty_like(x),
+        "no operand's": lambda x: (
+            enqueue(KERNEL, (1,), X, torch.empty_like(x), 4, BLOCK=16) or torch.empty_like(x)
+        ),
         "scratch memory of its own": lambda x: enqueue(
             Kernel(Compiled(global_scratch_size=8)), (1,), x, torch.empty_like(x), 4, BLOCK=16
         ),
     }
     for reason, function in cases.items():
         plan, refusal = words_of(function, x)
-        assert plan is None and reason in (refusal or ""), f"{reason}: {refusal}"
+        assert plan is None, reason
+        assert reason in (refusal or "")
 
 
 def test_operands_that_overlap_are_refused() -> None:
     memory = torch.randn(100)
     plan, refusal = words_of(lambda x, y: torch.empty_like(x), memory[:60], memory[50:])
-    assert plan is None and refusal == "operands overlap"
+    assert (plan, refusal) == (None, "operands overlap")
 
 
 def test_a_part_of_an_operand_is_named_by_its_offset() -> None:
@@ -339,7 +347,7 @@ def test_a_part_of_an_operand_is_named_by_its_offset() -> None:
         return out
 
     plan, refusal = words_of(on_the_second_half, x)
-    assert refusal is None and plan is not None
+    assert plan is not None, refusal
     assert plan[-13:-10] == [plan_recording.OPERAND, 0, 2 * 8 * 4], "pointer of x: operand 0, 64 bytes on"
 
 
@@ -347,4 +355,4 @@ def test_a_recorded_call_gives_what_an_unrecorded_one_gives() -> None:
     offered: list[list[int]] = []
     x = torch.randn(4, 8)
     result = recorded(doubled, offered.append)(x, None, "")
-    assert result.shape == x.shape and len(offered) == 1
+    assert (result.shape, len(offered)) == (x.shape, 1)

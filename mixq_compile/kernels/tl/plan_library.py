@@ -152,8 +152,8 @@ def _driver() -> list[int | None]:
     cuda = ctypes.CDLL("libcuda.so.1")
     of_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
     functions = (
-        cuda.cuLaunchKernelEx, cuda.cuTensorMapReplaceAddress, cuda.cuStreamIsCapturing, cuda.cuGetErrorString,
-        cuda.cuEventCreate, cuda.cuEventRecord, cuda.cuStreamWaitEvent,
+        cuda.cuLaunchKernelEx, cuda.cuTensorMapReplaceAddress, cuda.cuStreamIsCapturing,
+        cuda.cuGetErrorString, cuda.cuEventCreate, cuda.cuEventRecord, cuda.cuStreamWaitEvent,
         of_torch.aoti_torch_get_current_cuda_stream,
     )  # fmt: skip
     return [ctypes.cast(function, ctypes.c_void_p).value for function in functions]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,9 @@ SCALAR_TYPES = {
 INTEGERS = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u1": 1, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
 """Bytes of Triton's integer types."""
 ALLOCATIONS = (
-    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default,
-    torch.ops.aten.new_empty.default, torch.ops.aten.new_empty_strided.default,
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
 )  # fmt: skip
 
 
@@ -92,7 +94,7 @@ class Recording(TorchDispatchMode):
         self.refusal: str | None = None
         """Why there is no plan; None where there is one."""
         starts = sorted({(operand.start, operand.end) for operand in self._operands if operand.end})
-        for (start, end), (after, _) in zip(starts, starts[1:], strict=False):
+        for (start, end), (after, _) in itertools.pairwise(starts):
             if start != after and end > after:
                 self.refuse("operands overlap")
 
@@ -289,7 +291,9 @@ def encoded(descriptor: Any, meta: Any) -> list[int]:
     memory = ctypes.create_string_buffer(2 * DESCRIPTOR_BYTES)
     aligned = -(-ctypes.addressof(memory) // DESCRIPTOR_BYTES) * DESCRIPTOR_BYTES
     shape = (ctypes.c_uint64 * rank)(*reversed([int(length) for length in descriptor.shape]))
-    strides = (ctypes.c_uint64 * rank)(*reversed([int(stride) * size for stride in descriptor.strides[:-1]]), 0)
+    strides = (ctypes.c_uint64 * rank)(
+        *reversed([int(stride) * size for stride in descriptor.strides[:-1]]), 0
+    )
     block = (ctypes.c_uint32 * rank)(*reversed([int(length) for length in meta["block_size"]]))
     steps = (ctypes.c_uint32 * rank)(*[1] * rank)
     failed = _encoder()(
