@@ -64,6 +64,8 @@ class Driver:
             ctypes.CFUNCTYPE(number, address, address)(lambda *_: 0),
             ctypes.CFUNCTYPE(number, number, ctypes.POINTER(ctypes.c_char_p))(self._text),
             *[ctypes.CFUNCTYPE(number, address, address, ctypes.c_uint)(lambda *_: 0)] * 3,
+            ctypes.CFUNCTYPE(number, ctypes.POINTER(address))(self._context),
+            *[ctypes.CFUNCTYPE(number, address, address)(lambda *_: 0)] * 3,
             ctypes.CFUNCTYPE(number, number, ctypes.POINTER(address))(self._stream),
         ]
 
@@ -75,6 +77,10 @@ class Driver:
         found = config.contents
         self.launches.append(Launched(function, (found.gx, found.gy, found.gz), found.stream or 0, read))
         return self.failure
+
+    def _context(self, context: Any) -> int:
+        context[0] = 1
+        return 0
 
     def _stream(self, _device: int, stream: Any) -> int:
         stream[0] = getattr(self.stream, "number", 7)

@@ -166,20 +166,45 @@ def test_two_threads_on_two_streams_get_what_one_gets() -> None:
     for _ in range(3):
         expected = model(xs[0])
     torch.cuda.synchronize()
-    wrong: list[int] = []
+    problems: list[str] = []
 
     def work(number: int) -> None:
-        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(40):
-                if not torch.equal(model(xs[number]), expected):
-                    wrong.append(number)
+        try:
+            with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(40):
+                    if not torch.equal(model(xs[number]), expected):
+                        problems.append(f"thread {number} got another result")
+        except Exception as error:
+            problems.append(f"thread {number}: {error}")
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert problems == []
+
+
+def test_a_thread_that_has_not_used_the_gpu_yet_launches_a_plan() -> None:
+    linear, x = Linear.make(), activation(64, 0)
+    for _ in range(4):
+        expected = linear.run(x)
+    torch.cuda.synchronize()
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                found.append(linear.run(x))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert not isinstance(found[0], Exception), found[0]
+    assert equal(found[0], expected)
 
 
 def test_two_streams_under_frozen() -> None:

@@ -154,6 +154,7 @@ def _driver() -> list[int | None]:
     functions = (
         cuda.cuLaunchKernelEx, cuda.cuTensorMapReplaceAddress, cuda.cuStreamIsCapturing,
         cuda.cuGetErrorString, cuda.cuEventCreate, cuda.cuEventRecord, cuda.cuStreamWaitEvent,
+        cuda.cuCtxGetCurrent, cuda.cuDeviceGet, cuda.cuDevicePrimaryCtxRetain, cuda.cuCtxSetCurrent,
         of_torch.aoti_torch_get_current_cuda_stream,
     )  # fmt: skip
     return [ctypes.cast(function, ctypes.c_void_p).value for function in functions]

@@ -38,6 +38,10 @@ struct Driver {
   CUresult (*create_event)(CUevent*, unsigned);
   CUresult (*record_event)(CUevent, CUstream);
   CUresult (*await_event)(CUstream, CUevent, unsigned);
+  CUresult (*get_context)(CUcontext*);
+  CUresult (*get_device)(CUdevice*, int);
+  CUresult (*retain_context)(CUcontext*, CUdevice);
+  CUresult (*set_context)(CUcontext);
   int32_t (*stream)(int32_t, void**);
 };
 Driver driver{};
@@ -53,6 +57,17 @@ void* current_stream(int device) {
   void* stream = nullptr;
   driver.stream(device, &stream);
   return stream;
+}
+
+// A thread in which nothing has used the runtime yet has no context, and the driver makes none.
+void ensure_context(int device) {
+  CUcontext context = nullptr;
+  check(driver.get_context(&context), "the CUDA context cannot be read");
+  if (context) return;
+  CUdevice handle;
+  check(driver.get_device(&handle, device), "a GPU cannot be found");
+  check(driver.retain_context(&context, handle), "a GPU's context cannot be had");
+  check(driver.set_context(context), "a GPU's context cannot be made current");
 }
 
 bool is_capturing(void* stream) {
@@ -181,6 +196,7 @@ struct Order {
 
   // Lets what this thread launches next on its stream wait for what the last call was given.
   void follow(int device) {
+    ensure_context(device);
     void* stream = current_stream(device);
     if ((begun && stream == last) || is_capturing(stream)) return;
     if (begun) {
@@ -354,6 +370,7 @@ at::Tensor allocate(const Buffer& buffer, c10::Device device) {
 bool run_plan(const Plan& plan, const Operands& operands, Stack& stack, size_t arguments, const char* name) {
   const c10::DeviceGuard guard(operands.device);
   const int index = operands.device.has_index() ? operands.device.index() : 0;
+  ensure_context(index);
   std::unique_lock<std::recursive_mutex> ordered;
   if (plan.ordered) {
     // Where another call is being launched, Python waits for it, and lets go of its own lock meanwhile.
