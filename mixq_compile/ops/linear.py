@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.composition import STATIC, multiplied, quantized, refreshed, run_kernel, weight_only
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, STATE, WEIGHT
 from mixq_compile.ops.state_access import LEARNING, STATES, state_access
 from mixq_compile.ops.traits import declare
@@ -46,9 +46,7 @@ def small_batch_limit_of(x: Tensor, weight_codes: Tensor, in_features: int, batc
     return small_batch_limit(linear_query(x, weight_codes.shape[0], in_features, format_of(weight_codes)))
 
 
-@torch.library.custom_op(
-    "mixq::linear", mutates_args=(*STATE_FIELDS, "cached_index", "outlier_weight"), tags=LAYOUT
-)
+@operator("mixq::linear", mutates_args=(*STATE_FIELDS, "cached_index", "outlier_weight"), tags=LAYOUT)
 def linear(
     x: Tensor,
     weight_codes: Tensor,

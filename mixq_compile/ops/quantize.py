@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, quantized_like
 from mixq_compile.ops.traits import declare
 
 
-@torch.library.custom_op("mixq::quantize", mutates_args=(), tags=LAYOUT)
+@operator("mixq::quantize", mutates_args=(), tags=LAYOUT)
 def quantize(
     x: Tensor,
     index: Tensor,

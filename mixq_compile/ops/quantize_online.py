@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, quantized_like
 from mixq_compile.ops.traits import declare
 
 
-@torch.library.custom_op("mixq::quantize_online", mutates_args=STATE_FIELDS, tags=LAYOUT)
+@operator("mixq::quantize_online", mutates_args=STATE_FIELDS, tags=LAYOUT)
 def quantize_online(
     x: Tensor,
     index: Tensor,

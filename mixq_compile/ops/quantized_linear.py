@@ -10,6 +10,7 @@ from torch import Tensor
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, WEIGHT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
@@ -19,7 +20,7 @@ ACTIVATIONS = ("none", "relu", "gelu")
 """Functions that the operator can apply; `gelu` is the exact one, by the error function."""
 
 
-@torch.library.custom_op("mixq::quantized_linear", mutates_args=STATE_FIELDS, tags=LAYOUT)
+@operator("mixq::quantized_linear", mutates_args=STATE_FIELDS, tags=LAYOUT)
 def quantized_linear(
     codes: Tensor,
     index: Tensor,

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 
 
-@torch.library.custom_op(
-    "mixq::refresh_outlier_weights", mutates_args=("cached_index", "outlier_weight"), tags=LAYOUT
-)
+@operator("mixq::refresh_outlier_weights", mutates_args=("cached_index", "outlier_weight"), tags=LAYOUT)
 def refresh_outlier_weights(
     codes: Tensor,
     index: Tensor,

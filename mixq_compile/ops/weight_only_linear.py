@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import weight_bits
 
 
-@torch.library.custom_op("mixq::weight_only_linear", mutates_args=(), tags=LAYOUT)
+@operator("mixq::weight_only_linear", mutates_args=(), tags=LAYOUT)
 def weight_only_linear(
     x: Tensor,
     weight_codes: Tensor,

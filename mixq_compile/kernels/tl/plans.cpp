@@ -514,7 +514,7 @@ class Planned final : public c10::OperatorKernel {
   Written written_;
 };
 
-// Counts the writes to operands, as for operators of PyTorch, past a layer in Python.
+// Counts the writes to operands in inference mode, where there is no autograd to do it.
 class Counted final : public c10::OperatorKernel {
  public:
   explicit Counted(const std::string& name) : written_(name) {}
@@ -526,10 +526,6 @@ class Counted final : public c10::OperatorKernel {
 
  private:
   Written written_;
-};
-
-class Silence final : public c10::WarningHandler {
-  void process(const c10::Warning&) override {}
 };
 
 bool wants_gradient(const c10::IValue& value) {
@@ -605,9 +601,6 @@ const char* mixq_implement(
       const auto gradient = c10::parseDispatchKey(gradient_key);
       add(gradient, std::make_unique<WithoutGradient>(qualified, gradient));
       if (!Written(qualified).places.empty()) {
-        // In place of one in Python that does the same for every device.
-        Silence silence;
-        const c10::WarningUtils::WarningHandlerGuard silent(&silence);
         add(c10::DispatchKey::ADInplaceOrView, std::make_unique<Counted>(qualified));
       }
     }
