@@ -57,7 +57,7 @@ class Layer:
 
     def quantize(self) -> tuple[torch.Tensor, ...]:
         """The input's codes, scale and outliers, and how many."""
-        return ops.quantize_online(self.x, *self.state.buffers(), 8, "exact", 0, KERNEL)  # type: ignore[no-any-return]
+        return ops.quantize_online(self.x, *self.state.buffers(), "int8", "exact", 0, KERNEL)  # type: ignore[no-any-return]
 
     def multiply(self, quantized: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The linear of a quantized input."""
@@ -68,7 +68,7 @@ class Layer:
     def gelu_and_quantize(self) -> object:
         """The linear, GELU and the next quantization, one after the other."""
         value = functional.gelu(self.multiply(self.quantized))
-        return ops.quantize_online(value, *self.next_state.buffers(), 8, "exact", 0, KERNEL)
+        return ops.quantize_online(value, *self.next_state.buffers(), "int8", "exact", 0, KERNEL)
 
     def fused(self) -> object:
         """The same in one operator."""

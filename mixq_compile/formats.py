@@ -70,6 +70,13 @@ class TensorFormat:
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
+    def lowest_code(self) -> int:
+        """The lowest code: 0 without a sign; `-2^(bits-1)`, but as far as the largest in int8 and mxint."""
+        if not self.signed:
+            return 0
+        return -self.largest_code - (self.bits < 8 and self.scale == "float32")
+
+    @property
     def per_row(self) -> bool:
         """True where a row has one scale and no zero point: what the integer kernels multiply."""
         return self.group is None and self.signed and self.scale == "float32"

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pkgutil
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.formats import TensorFormat
+from mixq_compile.json_values import finite
 
 SCHEMA_VERSION = 2
 DEFAULT_THRESHOLD = 6.0
@@ -19,17 +24,92 @@ DEFAULT_THRESHOLD = 6.0
 MissPolicy = Literal["exact", "lazy", "frozen", "static", "per_call"]
 MISS_POLICIES: tuple[str, ...] = get_args(MissPolicy)
 
-WeightSolver = Literal["absmax", "clip"]
-SOLVERS: tuple[str, ...] = get_args(WeightSolver)
+ColumnChoice = Literal["above", "largest"]
+COLUMN_CHOICES: tuple[str, ...] = get_args(ColumnChoice)
+
+_SOLVERS_FOLDER = Path(__file__).parent / "weights" / "solvers"
+SOLVERS: tuple[str, ...] = tuple(
+    sorted({module.name for module in pkgutil.iter_modules([str(_SOLVERS_FOLDER)])} - {"registry"})
+)
+"""Names of the weight solvers: one module each in `mixq_compile.weights.solvers`; none is imported."""
+
+Weighting = Literal["none", "activations"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+
+_RECIPE = re.compile(
+    r"(?P<format>\S+) (?P<solver>\w+)( rank=(?P<rank>[1-9]\d*)( weighting=(?P<weighting>activations))?)?"
+    r"(?P<sums> sums)?"
+)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The part of a weight's rounding error that is kept, as two factors of low rank."""
+
+    rank: int
+    """Rank of the factors; a linear whose smaller side is below it has that rank."""
+    weighting: Weighting = "none"
+    """`activations`: errors of a channel count as much as its inputs are large (L2QER)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise OptionError(f"a low-rank part has rank 1 or more, not {self.rank!r}.")
+        if self.weighting not in WEIGHTINGS:
+            raise unknown_name("low-rank weighting", self.weighting, WEIGHTINGS)
 
 
 @dataclass(frozen=True)
 class WeightRecipe:
-    """How the codes of a weight come about: what a packed weight is known by."""
+    """How the tensors of a weight come about: what a packed weight is known by.
+
+    Its text round-trips: `int4/64 clip`, `uint4/128 absmax rank=8 weighting=activations sums`.
+    """
 
     format: TensorFormat
-    solver: WeightSolver = "absmax"
+    solver: str = "absmax"
     """How scales are chosen: from the largest magnitude, or by a search over clipped ones (`clip`)."""
+    low_rank: LowRank | None = None
+    """The part of the rounding error that is kept beside the codes."""
+    sums: bool = False
+    """Whether sums of codes are kept, by which products with an activation's zero points are corrected."""
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise unknown_name("weight solver", self.solver, SOLVERS)
+
+    def __str__(self) -> str:
+        return " ".join(self._words())
+
+    def _words(self) -> Iterator[str]:
+        yield str(self.format)
+        yield self.solver
+        if self.low_rank is not None:
+            yield f"rank={self.low_rank.rank}"
+            if self.low_rank.weighting != "none":
+                yield f"weighting={self.low_rank.weighting}"
+        if self.sums:
+            yield "sums"
+
+    @classmethod
+    def parse(cls, text: str) -> WeightRecipe:
+        """The recipe of a text that `str` writes. Raises OptionError for any other."""
+        match = _RECIPE.fullmatch(text)
+        if match is None:
+            raise OptionError(
+                f"{text!r} is no recipe of a weight: it is written as a format, a solver and, where there "
+                "are any, rank=R, weighting=activations and sums, for example 'uint4/128 absmax rank=8'."
+            )
+        weighting: Weighting = "none" if match["weighting"] is None else "activations"
+        low_rank = None if match["rank"] is None else LowRank(int(match["rank"]), weighting)
+        return cls(TensorFormat.parse(match["format"]), match["solver"], low_rank, match["sums"] is not None)
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The parts of a packed weight, by the names that operators give them."""
+        names = ["weight_codes", "weight_scale"]
+        names += [] if self.format.signed else ["weight_zero"]
+        names += ["weight_sums"] if self.sums else []
+        return tuple(names if self.low_rank is None else [*names, "left", "right"])
 
 
 @dataclass(frozen=True)
@@ -42,8 +122,12 @@ class OutlierPolicy:
     """Most columns kept; a multiple of 16. None: min(128, max(16, K/32 rounded up to 16))."""
     miss: MissPolicy = "exact"
     """What a column above the threshold that is not known yet does; see docs/semantics.md."""
+    choose: ColumnChoice = "above"
+    """The columns that calibration chooses: all above the threshold, or always as many, the largest first."""
 
     def __post_init__(self) -> None:
+        if self.choose not in COLUMN_CHOICES:
+            raise unknown_name("choice of columns", self.choose, COLUMN_CHOICES)
         if self.miss not in MISS_POLICIES:
             raise unknown_name("miss policy", self.miss, MISS_POLICIES)
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
@@ -73,8 +157,7 @@ class OutlierPolicy:
 
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON-able data; JSON has no infinity, so that a threshold of inf is a text."""
-        threshold = "inf" if math.isinf(self.threshold) else self.threshold
-        return {**dataclasses.asdict(self), "threshold": threshold}
+        return {**dataclasses.asdict(self), "threshold": finite(self.threshold)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> OutlierPolicy:
@@ -94,8 +177,10 @@ class QuantScheme:
     """The activation's, with scales found anew in every call. None: it stays in 16 bit (weight-only)."""
     outliers: OutlierPolicy | None = None
     """None: no outlier columns are kept."""
-    solver: WeightSolver = "absmax"
-    """How the weight's scales are chosen."""
+    solver: str = "absmax"
+    """How the weight's scales are chosen: a name in SOLVERS."""
+    low_rank: LowRank | None = None
+    """The part of the weight's rounding error that is kept."""
     instead: tuple[tuple[str, str], ...] = field(default=())
     """Roles of linears that this scheme ruins, each with the name of the scheme that they take instead."""
     version: int = SCHEMA_VERSION
@@ -103,11 +188,23 @@ class QuantScheme:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise unknown_name("weight solver", self.solver, SOLVERS)
+        if self.low_rank is not None and self.outliers is not None:
+            raise OptionError(
+                f"scheme {self.name!r} has outlier columns and a low-rank part: that part holds the rounding "
+                "errors of all columns, those kept in 16 bit too, which would be added twice. Leave one out."
+            )
+        affine = self.activation is not None and not self.activation.signed
+        if affine and self.outliers is not None and self.outliers.miss != "static":
+            raise OptionError(
+                f"scheme {self.name!r} quantizes activations with zero points, which learns no outlier "
+                f"columns: its policy must be 'static', not {self.outliers.miss!r}."
+            )
 
     @property
     def recipe(self) -> WeightRecipe:
-        """How a weight of this scheme is packed."""
-        return WeightRecipe(self.weight, self.solver)
+        """How a weight of this scheme is packed; sums are kept where the activation has zero points."""
+        has_zero_points = self.activation is not None and not self.activation.signed
+        return WeightRecipe(self.weight, self.solver, self.low_rank, sums=has_zero_points)
 
     def with_outliers(self, **changes: Any) -> QuantScheme:
         """A copy with fields of the outlier policy replaced; unchanged where there is none."""
@@ -124,6 +221,7 @@ class QuantScheme:
             "activation": None if self.activation is None else str(self.activation),
             "outliers": None if self.outliers is None else self.outliers.to_json(),
             "solver": self.solver,
+            "low_rank": None if self.low_rank is None else dataclasses.asdict(self.low_rank),
             "instead": [list(pair) for pair in self.instead],
             "version": self.version,
         }
@@ -139,14 +237,19 @@ class QuantScheme:
             )
         if version == 1:
             data = _of_the_first_schema(data)
-        outliers, activation = data["outliers"], data["activation"]
+        outliers, low_rank = data["outliers"], data.get("low_rank")  # written since schemes can have one
+        activation = None if data["activation"] is None else TensorFormat.parse(data["activation"])
+        if outliers is not None and activation is not None and "choose" not in outliers:
+            # In older files the activation's bits decided.
+            outliers = {**outliers, "choose": "above" if activation.bits == 8 else "largest"}
         return cls(
             name=data["name"],
             summary=data["summary"],
             weight=TensorFormat.parse(data["weight"]),
-            activation=None if activation is None else TensorFormat.parse(activation),
+            activation=activation,
             outliers=None if outliers is None else OutlierPolicy.from_json(outliers),
             solver=data["solver"],
+            low_rank=None if low_rank is None else LowRank(**low_rank),
             instead=tuple((role, scheme) for role, scheme in data["instead"]),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,33 +11,27 @@ from pathlib import Path
 import networkx
 import pytest
 
+from mixq_compile.passes.pipelines import PIPELINES
+
 PACKAGE = Path(__file__).resolve().parent.parent / "mixq_compile"
 
 BELOW: dict[str, frozenset[str]] = {}
 """What each layer may import beside itself."""
 
 
-def _layer(names: str, below: str) -> None:
-    direct = below.split()
-    allowed = frozenset(direct).union(*(BELOW[name] for name in direct))
-    BELOW.update(dict.fromkeys(names.split(), allowed))
+ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
 
 
-_layer("version errors", "")
-_layer("formats", "errors")
-_layer("scheme", "formats")
-_layer("schemes", "scheme")
-_layer("ops", "scheme version")
-_layer("kernels", "ops")
-_layer("ir", "ops")
-_layer("pipeline", "ir")
-_layer("passes", "pipeline schemes")
-_layer("calibration evaluation area", "schemes ir")
-_layer("inspection", "pipeline")
-_layer("runtime", "passes calibration inspection")
-_layer("__init__", "runtime calibration version")
-_layer("benchmarking", "__init__ kernels evaluation")
-_layer("cli", "__init__ kernels evaluation inspection area benchmarking")
+def _read_layers() -> None:
+    """Reads the list of layers in the document; those below a layer stand before it."""
+    (listed,) = re.findall(r"^```\n(version .*?)^```$", ARCHITECTURE.read_text(), re.DOTALL | re.MULTILINE)
+    for line in listed.splitlines():
+        names, _, below = line.partition(":")
+        allowed = frozenset(below.split()).union(*(BELOW[name] for name in below.split()))
+        BELOW.update(dict.fromkeys(names.split(), allowed))
+
+
+_read_layers()
 
 PRIVATE = {
     "torch._dynamo": ("runtime/torch_compat.py",),
@@ -51,7 +46,7 @@ PRIVATE = {
     ),
     "torch._ops": ("ir/effects.py", "ir/verify.py"),
     # Dynamo writes torch.nn.functional.linear under its C name.
-    "torch._C": ("passes/canonicalize_linear.py", "runtime/torch_compat.py", "ops/registration.py"),
+    "torch._C": ("ir/linear_spellings.py", "runtime/torch_compat.py", "ops/registration.py"),
     "torch.utils._pytree": ("ir/verify.py", "ir/graph.py", "runtime/export.py"),
 }
 """Private modules of torch, and the only files that touch each; kernels are not looked at."""
@@ -111,7 +106,7 @@ def target_layer(module: str) -> str:
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path: Path) -> None:
     own = layer_of(path.relative_to(PACKAGE).parts)
-    assert own in BELOW, f"{own} is a new layer: say in this file what it may import"
+    assert own in BELOW, f"{own} is a new layer: say in {ARCHITECTURE.name} what it may import"
     wrong = [
         f"{entry.place}: {own} may not import {entry.module}; it may import {', '.join(sorted(BELOW[own]))}"
         for entry in package_imports(path)
@@ -204,3 +199,16 @@ def test_modules_stay_short() -> None:
         if (lines := len(path.read_text().splitlines())) > 400
     }
     assert not long, f"split these modules: {long}"
+
+
+def test_each_layer_exists_and_is_described() -> None:
+    table = ARCHITECTURE.read_text().partition("## Where things are")[2].partition("\n\nA module")[0]
+    for layer in set(BELOW) - {"__init__"}:
+        name = f"{layer}/" if (PACKAGE / layer).is_dir() else f"{layer}.py"
+        assert (PACKAGE / name).exists(), f"{layer} is listed and does not exist"
+        assert f"{name}`" in table, f"{ARCHITECTURE.name} does not say what lives in {name}"
+
+
+def test_the_passes_of_the_default_pipeline_are_described_in_order() -> None:
+    rows = re.findall(r"^\| `([a-z-]+)` \|", ARCHITECTURE.read_text(), re.MULTILINE)
+    assert rows == PIPELINES["jit"].split(",")

@@ -20,8 +20,8 @@ FOLDERS = ("passes", "runtime", "inspection")
 INPUTS = ("example", "captured")
 """Names of values whose `args` are the inputs of a whole model."""
 ALLOWED = {
-    ("passes/canonicalize_linear.py", "_terms"): "additions commute: the terms have no names",
-    ("passes/canonicalize_linear.py", "_match_addmm"): "beta and alpha can only be given by name",
+    ("ir/linear_spellings.py", "_terms"): "additions commute: the terms have no names",
+    ("ir/linear_spellings.py", "_match_addmm"): "beta and alpha can only be given by name",
     ("passes/canonicalize_linear.py", "run"): "asks only whether a call names its arguments",
     ("runtime/compiled_graph.py", "copy_graph_module"): "what the output node returns",
     ("runtime/swap_obstacles.py", "_held"): "those of a functools.partial, which is no node",

@@ -11,9 +11,23 @@ from captures import linears
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.pipeline import Decision, Pass, PassContext, PassRegistry
+from mixq_compile.pipeline import Decision, Pass, PassContext, PassRegistry, fact
 
 aten = torch.ops.aten
+
+
+@fact("named", "each name on a linear is its module's")
+def named(graph: CapturedGraph) -> Iterator[tuple[torch.fx.Node, str]]:
+    for node in linears(graph):
+        if Annotations(node).fqn not in (None, graph.fqn(node)):
+            yield node, f"it is named {Annotations(node).fqn}"
+
+
+@fact("negated", "two negations stand behind each linear")
+def negated(graph: CapturedGraph) -> Iterator[tuple[torch.fx.Node, str]]:
+    for node in linears(graph):
+        if not all(user.target in (aten.neg.default, aten.mul.Scalar) for user in node.users):
+            yield node, "something reads it as it is"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mixq_compile import ops, quantize
@@ -26,7 +26,6 @@ from mixq_compile.benchmarking.timing import measure_floor
 from mixq_compile.errors import OptionError
 from mixq_compile.formats import INT8
 from mixq_compile.ops.composition import MIXED_LINEAR, QUANTIZE_ONLINE, REFRESH, WEIGHT_ONLY, Step, quantized
-from mixq_compile.ops.linear import policy_text
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, WeightRecipe
@@ -145,16 +144,18 @@ def operator_calls(width: int, rows: int, device: torch.device) -> dict[str, Cal
         "x": x.clamp_(-4, 4).to(dtype), "weight_codes": codes, "weight_scale": scale, "bias": None,
         "cached_index": torch.full((capacity,), -1, dtype=torch.int32, device=device),
         "outlier_weight": torch.zeros(width, capacity, dtype=dtype, device=device),
-        "original": weight, "bits": 8, "miss": policy.miss, "small_m": 0, "kernel": "auto",
+        "original": weight, "format": str(INT8), "miss": policy.miss, "small_m": 0, "kernel": "auto",
         "function": "silu", "gated": True,
-        "activation_bits": 8, "batch_invariant": False, "policy": policy_text(policy),
     }  # fmt: skip
     quantized(given)
     lists = {**given, **{name: [given[name]] for name in REFRESH.traits.each}}
-    steps = (QUANTIZE_ONLINE, MIXED_LINEAR, Step.of(ops.activated_linear), WEIGHT_ONLY, Step.of(ops.linear))
+    steps = (QUANTIZE_ONLINE, MIXED_LINEAR, Step.of(ops.activated_linear), WEIGHT_ONLY)
     calls = {step.traits.name: _bound(step.operator, step.signature.pick(given)) for step in steps}
     lists = {**given, **{name: [given[name]] for name in REFRESH.traits.each}}
     calls[REFRESH.traits.name] = _bound(REFRESH.operator, REFRESH.signature.pick(lists))
+    module = nn.Sequential(nn.Linear(width, width, bias=False, device=device, dtype=dtype))
+    quantize(module)
+    calls["linear, by its module"] = _bound(module[0], (given["x"],))
     return {**calls, f"{float_name(dtype)} linear": _bound(functional.linear, (given["x"], weight))}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mixq_compile import MixqLinear
+from mixq_compile.area import LinearSize
+from mixq_compile.benchmarking.simulated_schemes import SIMULATED, Problem
 from mixq_compile.evaluation import sqnr
 from mixq_compile.scheme import QuantScheme
 
@@ -44,31 +46,72 @@ def layer_errors(
     model's values. `announce` is told each layer as it is done.
     """
     found: dict[str, LayerError] = {}
-    modules = dict(model.named_modules())
 
-    def measure(fqn: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if fqn in found:
-            return
+    def measure(fqn: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         quantized = MixqLinear.from_linear(module, schemes[fqn], columns=columns.get(fqn), keep_original=True)
-        result = quantized(inputs[0])
-        found[fqn] = LayerError(_bounded(sqnr(output, result)), len(quantized.outlier_state().columns()))
+        found[fqn] = LayerError(
+            _bounded(sqnr(output, quantized(x))), len(quantized.outlier_state().columns())
+        )
         announce(fqn)
 
+    _run(model, schemes, args, kwargs, measure)
+    return found
+
+
+@torch.no_grad()
+def simulated_errors(
+    model: nn.Module,
+    sizes: Mapping[str, LinearSize],
+    schemes: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    threshold: float,
+) -> dict[str, dict[str, float]]:
+    """SQNR in dB, within ±MOST_DB, of each linear in `sizes`, by scheme in SIMULATED and layer.
+
+    The model runs once, in full precision. A layer that did not run, or that is no module of this name, is
+    left out. Columns above `threshold` are outliers.
+    """
+    found: dict[str, dict[str, float]] = {scheme: {} for scheme in schemes}
+
+    def measure(fqn: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        w = (weight if isinstance(module, nn.Linear) else weight.T).float()
+        problem = Problem(x.reshape(-1, w.shape[1]).float(), w, sizes[fqn], threshold)
+        exact = problem.x @ w.T
+        for scheme in schemes:
+            found[scheme][fqn] = _bounded(sqnr(exact, SIMULATED[scheme](problem)))
+
+    _run(model, sizes, args, kwargs, measure)
+    return found
+
+
+def _run(
+    model: nn.Module,
+    fqns: Iterable[str],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    measure: Callable[[str, nn.Module, Tensor, Tensor], None],
+) -> None:
+    """Runs the model, and `measure` once for each of these layers, on the first input and output it has."""
+    modules = dict(model.named_modules())
+    seen: set[str] = set()
     handles = []
     try:
-        for fqn in schemes:
+        for fqn in fqns:
             module = modules.get(fqn)
             if module is not None and isinstance(getattr(module, "weight", None), Tensor):
 
                 def hook(module: nn.Module, inputs: Any, output: Any, fqn: str = fqn) -> None:
-                    measure(fqn, module, inputs, output)
+                    if fqn not in seen:
+                        seen.add(fqn)
+                        measure(fqn, module, inputs[0], output)
 
                 handles.append(module.register_forward_hook(hook))
         model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def _bounded(decibels: float) -> float:

@@ -22,7 +22,7 @@ from mixq_compile.benchmarking.choices import (
 from mixq_compile.benchmarking.decoders import OneLayer, build_decoder, layer_inputs
 from mixq_compile.benchmarking.environment import examine
 from mixq_compile.benchmarking.linear_bench import MIXQ_WHOLE, KernelOptions, LinearBench, default_dtype
-from mixq_compile.benchmarking.packed_linear import ACTIVATION_BITS, default_capacity
+from mixq_compile.benchmarking.packed_linear import ACTIVATION, default_capacity
 from mixq_compile.benchmarking.results import Document, Plot, Table, number, smallest, summarise_missing
 from mixq_compile.benchmarking.shapes import LAYER_ROWS, LinearShape, ModelShape, find_model
 from mixq_compile.benchmarking.timing import Floor, Timings, measure, measure_floor
@@ -167,7 +167,7 @@ def _widths(schemes: Sequence[str]) -> tuple[int, ...]:
             for scheme in found
             if scheme.outliers is not None
             and scheme.activation is not None
-            and scheme.activation.bits == ACTIVATION_BITS
+            and scheme.activation == ACTIVATION
         )
     )
 

@@ -17,7 +17,7 @@ from mixq_compile.ops.providers import KernelQuery, small_batch_limit
 from mixq_compile.ops.weight_codes import EPSILON, dequantize_weight, quantize_weight
 from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, WeightRecipe
 
-ACTIVATION_BITS = 8
+ACTIVATION = INT8
 
 
 class Quantized(NamedTuple):
@@ -117,7 +117,7 @@ class PackedLinear:
             "cached_index": self.cached_index,
             "outlier_weight": self.outlier_weight,
             "original": source,
-            "bits": ACTIVATION_BITS,
+            "format": str(ACTIVATION),
             "miss": miss,
             "small_m": self.small_m,
             "kernel": self.kernel,
@@ -159,7 +159,7 @@ class PackedLinear:
             return (x.double() @ weight.T).to(x.dtype).double()
         kept = list(columns)
         inner = x.double().index_fill(1, torch.tensor(kept, dtype=torch.int64, device=x.device), 0.0)
-        largest_code = 2 ** (ACTIVATION_BITS - 1) - 1
+        largest_code = ACTIVATION.largest_code
         scale = inner.abs().amax(dim=1, keepdim=True).clamp_min(EPSILON) / largest_code
         result = (inner / scale).round() * scale @ weight.T
         outlier_weight = self.weight.double() if originals else weight.to(x.dtype).double()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile import ops
-from mixq_compile.benchmarking.packed_linear import ACTIVATION_BITS, PackedLinear, Quantized
+from mixq_compile.benchmarking.packed_linear import ACTIVATION, PackedLinear, Quantized
 from mixq_compile.ops.weight_codes import aligned_empty
 
 
@@ -66,7 +66,7 @@ class PermutedLinear:
     def quantize(self, inner: Tensor, outliers: Tensor) -> Quantized:
         """Codes and scales of the inner columns."""
         codes, scale, _ = ops.quantize(
-            inner, self.no_index, self.no_slots, self.count, ACTIVATION_BITS, 0, self.linear.kernel
+            inner, self.no_index, self.no_slots, self.count, str(ACTIVATION), 0, self.linear.kernel
         )
         return Quantized(codes, scale, outliers, self.count)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixq_compile.benchmarking.environment import Environment
+from mixq_compile.json_values import finite
 
 NO_MATPLOTLIB = "no plots: matplotlib is not installed (pip install 'mixq-compile[bench]')"
 DOTS_PER_INCH = 120
@@ -170,17 +171,6 @@ def draw(plot: Plot, target: Path) -> None:
     figure.set_layout_engine("constrained")
     figure.savefig(target, dpi=DOTS_PER_INCH)
     pyplot.close(figure)
-
-
-def finite(data: Any) -> Any:
-    """The data with infinities and NaN, which JSON lacks, as texts."""
-    if isinstance(data, float) and not math.isfinite(data):
-        return str(data)
-    if isinstance(data, dict):
-        return {str(key): finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [finite(value) for value in data]
-    return data
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from mixq_compile import ops
-from mixq_compile.benchmarking.packed_linear import ACTIVATION_BITS, PackedLinear
+from mixq_compile.benchmarking.packed_linear import ACTIVATION, PackedLinear
 from mixq_compile.ops.outlier_state import COUNT, FLAG
 from mixq_compile.ops.weight_codes import EPSILON
 
-_LARGEST_CODE = 2 ** (ACTIVATION_BITS - 1) - 1
+_LARGEST_CODE = ACTIVATION.largest_code
 
 
 def detect_first(linear: PackedLinear, x: Tensor) -> Tensor:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mixq_compile.calibration.collected import FURTHER
 from mixq_compile.calibration.collected.channels import ChannelAccumulator
-from mixq_compile.calibration.collected.gram import GramAccumulator
-from mixq_compile.calibration.collected.sample import SampleAccumulator
 from mixq_compile.calibration.linear_statistics import LinearStatistics
 
-FURTHER_ACCUMULATORS = {"gram": GramAccumulator, "sample": SampleAccumulator}
+
+class FurtherAccumulator(Protocol):
+    """What the module of a kind offers as its `ACCUMULATOR`: made of K and a device."""
+
+    def add(self, rows: Tensor) -> None:
+        """Takes in finite rows `[M, K]` of any floating dtype."""
+
+    def value(self) -> Tensor:
+        """The kind's tensor, on the CPU."""
 
 
 class InputAccumulator:
@@ -28,10 +36,8 @@ class InputAccumulator:
         self.rows = 0
         self.nonfinite_rows = 0
         self.channels = ChannelAccumulator(in_features, device, thresholds)
-        self.further: dict[str, GramAccumulator | SampleAccumulator] = {
-            kind: FURTHER_ACCUMULATORS[kind](in_features, device)
-            for kind in kinds
-            if kind in FURTHER_ACCUMULATORS
+        self.further: dict[str, FurtherAccumulator] = {
+            kind: FURTHER[kind].ACCUMULATOR(in_features, device) for kind in kinds if kind in FURTHER
         }
 
     def add(self, rows: Tensor) -> None:
@@ -47,7 +53,8 @@ class InputAccumulator:
         if finite_rows < rows.shape[0]:
             rows = rows[finite]
         self.rows += finite_rows
-        for accumulator in (self.channels, *self.further.values()):
+        self.channels.add(rows)
+        for accumulator in self.further.values():
             accumulator.add(rows)
 
     def statistics(self, names: Sequence[str]) -> dict[str, LinearStatistics]:

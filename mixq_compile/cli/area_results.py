@@ -13,9 +13,10 @@ from mixq_compile.area.comparison import ORDERS, Comparison, Model
 from mixq_compile.area.model_areas import Layer, ModelAreas, draw, pareto_front
 from mixq_compile.area.published import CAVEATS, SETTING, SOURCE, published_area
 from mixq_compile.area.report import rounded
-from mixq_compile.benchmarking.results import NO_MATPLOTLIB, Table, finite
+from mixq_compile.benchmarking.results import NO_MATPLOTLIB, Table
 from mixq_compile.cli.output import console, print_table
 from mixq_compile.inspection.alike import group_alike
+from mixq_compile.json_values import finite
 
 PICOJOULES_IN_MICROJOULE = 1e6
 NAME = "area"

@@ -32,6 +32,10 @@ Errors = Annotated[
 FULL_PRECISION = "fp16"
 WITHOUT_WEIGHTS = "errors of layers were not measured: the model was captured without weights."
 OF_PROGRAM = "errors of layers were not measured: an exported program has no modules to run alone."
+CHANGES_INPUTS = {"equalize-inputs", "rotate-inputs"}
+OF_UNCHANGED_INPUTS = (
+    "errors and outlier columns of layers are those of the model's own inputs and weights, without {passes}."
+)
 
 
 def inspection_of(
@@ -95,6 +99,9 @@ def inspection_of_captured(
         begin = time.perf_counter()
         made = _with_errors(made, captured)
         seconds["errors"] = time.perf_counter() - begin
+        changed = {record.spec.split("{")[0] for record in history.records if record.count("applied")}
+        if changed & CHANGES_INPUTS:
+            notes = (OF_UNCHANGED_INPUTS.format(passes=", ".join(sorted(changed & CHANGES_INPUTS))),)
     return Inspection(captured.source, captured.inputs, (_with_areas(made),), seconds, notes)
 
 

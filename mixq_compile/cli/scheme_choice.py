@@ -27,9 +27,9 @@ class SchemeChoice:
 
     @property
     def wants_statistics(self) -> bool:
-        """True where the scheme chooses its 16-bit columns by calibration: 4-bit activations."""
-        scheme = get_scheme(self.options["scheme"])
-        return self.takes_statistics and scheme.activation is not None and scheme.activation.bits == 4
+        """True where the scheme always chooses as many columns, which only calibration can."""
+        policy = get_scheme(self.options["scheme"]).outliers
+        return self.takes_statistics and policy is not None and policy.choose == "largest"
 
     @property
     def takes_statistics(self) -> bool:

@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mixq_compile.errors import OptionError
-from mixq_compile.inspection.layers import LayerSummary, packed_bytes
+from mixq_compile.inspection.layers import LayerSummary
+from mixq_compile.scheme import WeightRecipe
+from mixq_compile.weights.recipe import packed_bytes
 
 ROWS = (1, 256, 2048)
 """Numbers of rows M that costs are shown for: decoding, a batch, a prefill."""
@@ -52,8 +56,8 @@ def linear_cost(layer: LayerSummary, rows: int, device: DeviceFigures) -> dict[s
     before = _microseconds(operations / device.float_rate, moved, device)
     after, moved_after = before, moved
     if layer.scheme is not None:
-        choices = _quantized(layer, rows, device)
-        after, moved_after = min((_microseconds(seconds, moved, device), moved) for seconds, moved in choices)
+        ways = _quantized(layer, rows, device)
+        after, moved_after = min((_microseconds(seconds, size, device), size) for seconds, size in ways)
     return {
         "operations": operations,
         "bytes": {"before": moved, "after": moved_after},
@@ -64,13 +68,15 @@ def linear_cost(layer: LayerSummary, rows: int, device: DeviceFigures) -> dict[s
 def _quantized(layer: LayerSummary, rows: int, device: DeviceFigures) -> list[tuple[float, int]]:
     """Seconds of arithmetic and bytes of each way to compute a quantized linear."""
     n, k, bits = layer.out_features, layer.in_features, _float_bits(layer)
-    element = bits // 8
+    element, dtype = bits // 8, torch.float32 if bits == 32 else torch.bfloat16
+    written = layer.recipe or f"int{layer.weight_bits} absmax"  # files of older releases say no more
+    recipe = WeightRecipe.parse(written)
     operations, outer = 2 * rows * n * k, rows * (n + k) * element
-    ways = [(operations / device.float_rate, outer + packed_bytes(n, k, layer.weight_bits, 0, bits))]
+    ways = [(operations / device.float_rate, outer + packed_bytes(recipe, n, k, dtype, 0))]
     if layer.activation_bits <= 8:
         # x is read once; its codes and outlier columns are written, then read by the product.
         codes = rows * (k + layer.capacity * element)
-        moved = outer + 2 * codes + packed_bytes(n, k, layer.weight_bits, layer.capacity, bits)
+        moved = outer + 2 * codes + packed_bytes(recipe, n, k, dtype, layer.capacity)
         outlier_operations = 2 * rows * n * layer.capacity
         seconds = operations / device.integer_rate + outlier_operations / device.float_rate
         ways.append((seconds, moved))

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import fnmatch
+import ast
 import itertools
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from mixq_compile.ir.linears import features_of
 from mixq_compile.ir.snapshot import NodeRow
+from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.traits import traits_of
 from mixq_compile.pipeline.history import History
-from mixq_compile.scheme import QuantScheme
+from mixq_compile.scheme import QuantScheme, WeightRecipe
+from mixq_compile.schemes.registry import get_scheme, scheme_names
+from mixq_compile.selection.eligibility import name_matches
+from mixq_compile.weights.recipe import packed_bytes
 
 LINEAR = "aten.linear.default"
 SWAPPED = "mixq.linear.default"
 """What the module of a linear that was swapped before the capture calls."""
 NEVER_REWRITTEN = "it has a scheme, but no pass rewrote it"
 NOT_LOOKED_AT = "no pass looked at it"
-SCALE_BYTES = INDEX_BYTES = 4
 _VALUE = re.compile(r"^(?P<dtype>[a-z]+?(?P<bits>\d+))\[(?P<sizes>[^\]]*)\]")
 
 
@@ -60,6 +64,8 @@ class LayerSummary:
     """By number of rows: operations, bytes moved and expected time, before and after."""
     area: float | None = None
     """Circuit area in NAND2 equivalents; None where none was estimated."""
+    recipe: str = ""
+    """How its weight is packed, as text; empty where it stays as it was."""
 
 
 def layers_of(history: History) -> tuple[LayerSummary, ...]:
@@ -102,11 +108,7 @@ def calibrated_columns(history: History) -> dict[str, list[int]]:
 
 def matching(fqns: Iterable[str], pattern: str) -> tuple[str, ...]:
     """The names that a pattern means: the name itself, one of its dotted parts, or a glob."""
-    return tuple(
-        fqn
-        for fqn in fqns
-        if fqn == pattern or pattern in fqn.split(".") or fnmatch.fnmatchcase(fqn, pattern)
-    )
+    return tuple(fqn for fqn in fqns if name_matches(fqn, pattern))
 
 
 def lies_in(fqn: str, pattern: str) -> bool:
@@ -193,12 +195,13 @@ def _summary(
         dtype=dtype,
         scheme=scheme.name if scheme is not None else None,
         weight_bits=scheme.weight.bits if scheme is not None else bits,
+        recipe=str(scheme.recipe) if scheme is not None else "",
         activation_bits=scheme.activation.bits if scheme is not None and scheme.activation else bits,
         kernel=product.annotations.get("kernel") if product is not None else None,
         skip=None if scheme is not None else _why_left(left if left is not None else row),
         where=row.where,
         bytes_before=before,
-        bytes_after=packed_bytes(out_features, in_features, scheme.weight.bits, capacity, bits)
+        bytes_after=_packed_bytes(scheme.recipe, out_features, in_features, dtype, capacity)
         if scheme is not None
         else before,
         capacity=capacity,
@@ -213,37 +216,49 @@ def _why_left(row: NodeRow) -> str:
 
 
 def _swapped(row: NodeRow, values: Mapping[str, str], product: NodeRow | None) -> LayerSummary:
-    """The summary of a linear whose module was swapped before the capture; its scheme is in its tensors."""
+    """The summary of a linear whose module was swapped before the capture; its recipe says its formats."""
     dtype, bits, shape = _operand_sizes(row, values, "x")
-    code_type, _, codes = _operand_sizes(row, values, "weight_codes")
-    in_features, out_features = (shape[-1] if shape else 0), (codes[0] if codes else 0)
-    weight_bits = 4 if code_type == "uint8" else 8
-    given = row.operands.get("activation_bits", "")
-    activation_bits = int(given) if given.isdigit() else bits
-    # The index has an item for each slot; without outliers it is empty.
-    _, _, slots = _operand_sizes(row, values, "index")
-    capacity = slots[0] if slots else 0
-    marks = f"w{weight_bits}a{activation_bits}{'o16' if capacity and activation_bits < bits else ''}"
+    recipe = LinearRecipe.parse(ast.literal_eval(row.operands["recipe"]))
+    lists = [row.operands[name].strip("[]").split(", ") for name in ("weight", "state", "cache")]
+    parts = {
+        name: sizes(values.get(text.removeprefix("%"), ""))[2] for name, text in recipe.named(*lists).items()
+    }
+    in_features, out_features = (shape[-1] if shape else 0), parts["weight_codes"][0]
+    capacity = parts["index"][0]
     return LayerSummary(
         fqn=row.fqn,
         role=row.annotations.get("role") or "other",
         out_features=out_features,
         in_features=in_features,
         dtype=dtype,
-        scheme=marks,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
+        scheme=_name_of(recipe, capacity),
+        weight_bits=recipe.weight.format.bits,
+        recipe=str(recipe.weight),
+        activation_bits=recipe.activation.bits if recipe.activation is not None else bits,
         kernel=product.annotations.get("kernel") if product is not None else None,
         skip=None,
         where=row.where,
         bytes_before=out_features * in_features * bits // 8,
-        bytes_after=packed_bytes(out_features, in_features, weight_bits, capacity, bits),
+        bytes_after=_packed_bytes(recipe.weight, out_features, in_features, dtype, capacity),
         capacity=capacity,
     )
 
 
-def packed_bytes(out_features: int, in_features: int, bits: int, capacity: int, float_bits: int) -> int:
-    """Bytes of codes, scales, outlier columns and their indices of one quantized weight."""
-    codes = out_features * math.ceil(in_features * bits / 8)
-    outliers = capacity * (out_features * float_bits // 8 + INDEX_BYTES)
-    return codes + out_features * SCALE_BYTES + outliers
+def _name_of(recipe: LinearRecipe, capacity: int) -> str:
+    """Every scheme with these formats and, where there are slots, outlier columns; else the formats."""
+    wanted = recipe.weight, recipe.activation, capacity > 0
+    names = [
+        scheme.name
+        for scheme in map(get_scheme, scheme_names())
+        if (scheme.recipe, scheme.activation, scheme.outliers is not None) == wanted
+    ]
+    formats = f"{recipe.weight} x {recipe.activation}" if recipe.activation else str(recipe.weight)
+    return " or ".join(names) or formats
+
+
+def _packed_bytes(
+    recipe: WeightRecipe, out_features: int, in_features: int, dtype: str, capacity: int
+) -> int:
+    """Bytes of a quantized weight; `dtype` is the text of that of its activations."""
+    found = getattr(torch, dtype, torch.float32)
+    return packed_bytes(recipe, out_features, in_features, found, capacity)

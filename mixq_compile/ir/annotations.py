@@ -61,7 +61,7 @@ class Annotations:
     """That scheme with the outlier options applied, as `QuantScheme.to_json` writes it."""
     outlier_columns = _Field[list[int]]()
     """Calibrated columns that stay in 16 bit."""
-    absmax = _Field[list[float]]()
+    column_max = _Field[list[float]]()
     """The largest magnitude of each of `outlier_columns`."""
     skip = _Field[str]()
     """Why the node is left as it is."""
@@ -73,6 +73,12 @@ class Annotations:
     """Of a quantization: its outlier policy; quantizations with other policies are not joined."""
     readers = _Field[list[str]]()
     """Of a quantization: names of the nodes whose weights read it; `share-quantize` joins them."""
+    parameter = _Field[str]()
+    """Of a linear whose weight is derived: name of the node of the parameter that it was computed from."""
+    equalized = _Field[str]()
+    """Name of the attribute that holds what the channels of its input are multiplied by, `[K]`."""
+    rotated = _Field[str]()
+    """The rotation of its input, such as `Hadamard of order 4096`."""
     members = _Field[list[dict[str, Any]]]()
     """Of a product for several linears: the annotations of each, in the order of their rows."""
 

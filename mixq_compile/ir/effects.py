@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 _INPLACE_OPERATORS = frozenset(
     function
@@ -62,6 +63,17 @@ def has_effect(node: Node) -> bool:
         return True
     schema = getattr(node.target, "_schema", None)
     return (schema is not None and bool(schema.is_mutable)) or node.is_impure()
+
+
+def written_nodes(node: Node) -> list[Node]:
+    """The arguments that an operator with a schema writes."""
+    schema = getattr(node.target, "_schema", None)
+    found: list[Node] = []
+    for place, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            map_arg(given, found.append)
+    return found
 
 
 def writer_between(value: Node, first: Node, last: Node) -> Node | None:

@@ -6,16 +6,13 @@ from torch import Tensor
 
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.activation_functions import ACTIVATED, check_function
+from mixq_compile.ops.providers import ANY_ACTIVATION, run
 from mixq_compile.ops.registration import operator
-from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT
+from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
-from mixq_compile.ops.weight_codes import weight_bits
-
-FUNCTIONS = ("relu", "silu", "gelu", "gelu_tanh")
-"""`gelu` is the exact one, by the error function."""
-
+from mixq_compile.ops.weight_codes import format_name
 
 _LINEAR = operand_checks.Operands("activated_linear", x="float * _", **operand_checks.PRODUCT)
 _READ_LINEAR = operand_checks.Operands("activated_linear", x="float * K", **operand_checks.PRODUCT)
@@ -54,36 +51,22 @@ def activated_linear(
     (_READ_LINEAR if small_m else _LINEAR).check(
         x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias
     )
+    check_function(function, ACTIVATED)
     _check_halves(weight_codes, gated)
     return run(  # type: ignore[no-any-return]
-        "activated_linear", kernel, x, weight_bits(weight_codes),
+        "activated_linear", kernel, x, format_name(weight_codes), ANY_ACTIVATION,
         x, codes, scale, outliers, count, weight_codes, weight_scale, STATES.cache(outlier_weight), bias,
         function, gated, small_m,
     )  # fmt: skip
 
 
-@activated_linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    outliers: Tensor,
-    count: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    function: str,
-    gated: bool,
-    small_m: int,
-    kernel: str,
-) -> Tensor:
-    (_READ_LINEAR if small_m else _LINEAR).examine(
-        x, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias
-    )
-    _check_halves(weight_codes, gated)
-    features = weight_codes.shape[0]
-    return x.new_empty((*x.shape[:-1], features // 2 if gated else features))
+@results_of(activated_linear)
+def _(given: Given) -> Tensor:
+    (_READ_LINEAR if given.small_m else _LINEAR).examine_named(given)
+    check_function(given.function, ACTIVATED)
+    _check_halves(given.weight_codes, given.gated)
+    features = given.weight_codes.shape[0]
+    return given.x.new_empty((*given.x.shape[:-1], features // 2 if given.gated else features))  # type: ignore[no-any-return]
 
 
 declare(activated_linear, product=True, rows=WEIGHT)

@@ -1,114 +1,108 @@
 """`mixq::linear`: the whole quantized linear as one operator, what `MixqLinear` calls.
 
-Its schema is serialised with quantized models; the `swapped` pipeline expands it.
+Its schema is serialised with quantized models; the `swapped` pipeline expands it. What its lists hold is
+said by the recipe (`ops/linear_recipe.py`), so that it stays the same for schemes whose weights have more
+parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.composition import STATIC, multiplied, quantized, refreshed, run_kernel, weight_only
-from mixq_compile.ops.outlier_state import STATE_FIELDS
+from mixq_compile.ops.composition import (
+    STATIC,
+    multiplied,
+    quantized,
+    refreshed,
+    run_kernel,
+    weight_only,
+)
+from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
 from mixq_compile.ops.registration import operator
-from mixq_compile.ops.shared_declarations import LAYOUT, STATE, WEIGHT
+from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import LEARNING, STATES, state_access
 from mixq_compile.ops.traits import declare
-from mixq_compile.ops.weight_codes import format_of
-from mixq_compile.scheme import OutlierPolicy
+from mixq_compile.ops.weight_codes import format_operand, told_by_codes
 
 
-def policy_text(policy: OutlierPolicy | None) -> str:
-    """Miss policy and configured threshold in one text, such as `exact 6.0`.
+def small_batch_limit_of(x: Tensor, out_features: int, in_features: int, recipe: LinearRecipe) -> int:
+    """The largest M that takes the weight-only path; 0 where one kernel serves all M.
 
-    A text, because Dynamo makes a graph input of a float where shapes are dynamic. Passes compare the
-    threshold; the one in force is in the state.
+    The features are given apart, because those of tensors may be symbolic.
     """
-    return f"{policy.miss} {policy.threshold!r}" if policy else "static inf"
-
-
-def parse_policy(text: str) -> tuple[str, float]:
-    """Miss policy and threshold that `policy_text` wrote."""
-    miss, _, threshold = text.partition(" ")
-    return miss, float(threshold)
-
-
-def small_batch_limit_of(x: Tensor, weight_codes: Tensor, in_features: int, batch_invariant: bool) -> int:
-    """The largest M that takes the weight-only path for this weight; 0 where one kernel serves all M.
-
-    `in_features` is given apart, because x's own may be symbolic.
-    """
-    if batch_invariant:
+    if recipe.batch_invariant or recipe.activation is None or recipe.weight.sums:
         return 0
-    return small_batch_limit(linear_query(x, weight_codes.shape[0], in_features, format_of(weight_codes)))
+    fmt = recipe.weight.format
+    return small_batch_limit(linear_query(x, out_features, in_features, fmt, recipe.activation))
 
 
-@operator("mixq::linear", mutates_args=(*STATE_FIELDS, "cached_index", "outlier_weight"), tags=LAYOUT)
+def _operands(recipe: LinearRecipe) -> operand_checks.Operands:
+    plain = told_by_codes(recipe.weight.format) and recipe.weight.low_rank is None
+    return operand_checks.LINEAR if plain else operand_checks.FORMATTED_LINEAR
+
+
+def _examine_parts(recipe: LinearRecipe, given: Mapping[str, Any]) -> None:
+    """Raises OperandError where the weight is not as its format says."""
+    if not told_by_codes(recipe.weight.format):
+        operand_checks.examine_weight(
+            "linear", recipe.weight.format, given["x"], given["weight_codes"], given["weight_scale"],
+            given.get("weight_zero"),
+        )  # fmt: skip
+
+
+@operator("mixq::linear", mutates_args=("state", "cache"), tags=LAYOUT)
 def linear(
     x: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
     bias: Tensor | None,
-    index: Tensor,
-    column_slot: Tensor,
-    column_max: Tensor,
-    counters: Tensor,
-    effective_threshold: Tensor,
-    cached_index: Tensor,
-    outlier_weight: Tensor,
-    original: Tensor,
-    activation_bits: int,
-    batch_invariant: bool,
-    policy: str,
+    weight: Sequence[Tensor],
+    state: Sequence[Tensor],
+    cache: Sequence[Tensor],
+    row_mask: Tensor | None,
+    recipe: str,
 ) -> Tensor:
     """The quantized linear `[..., K] -> [..., N]`: the composition of the other operators.
 
-    activation_bits 16 is weight-only; C = 0 slots or the policy `static` never learn columns.
-    original is the 16-bit weight or an empty tensor. policy is what `policy_text` writes.
+    weight, state and cache hold what the recipe, a text of `LinearRecipe`, says; state and cache are written.
+    Without an activation format it is weight-only. C = 0 slots or the policy `static` never learn columns.
+    row_mask, bool `[...]`, names the rows that may teach columns; None: all.
     """
-    operand_checks.LINEAR.check(
-        x, weight_codes, weight_scale, bias, index, column_slot, column_max, counters, effective_threshold,
-        cached_index, outlier_weight, original,
-    )  # fmt: skip
-    given = {
-        "x": x,
-        "weight_codes": weight_codes,
-        "weight_scale": weight_scale,
-        "bias": bias,
-        "index": index,
-        "column_slot": column_slot,
-        "column_max": column_max,
-        "counters": counters,
-        "effective_threshold": effective_threshold,
-        "cached_index": cached_index,
-        "outlier_weight": outlier_weight,
-        "original": original,
-        "bits": activation_bits,
-        "kernel": AUTO,
-    }
+    parsed = LinearRecipe.parse(recipe)
+    given = parsed.named(weight, state, cache)
+    given |= {"x": x, "bias": bias, "row_mask": row_mask, "kernel": AUTO}
+    given |= format_operand(parsed.weight.format)
+    _operands(parsed).check(*_operands(parsed).select(given))
+    _examine_parts(parsed, given)
     # Not through the operators: each would cost a dispatch and check again what fits already.
-    if activation_bits == 16:
+    if parsed.activation is None:
         return weight_only(given, run_kernel)  # type: ignore[no-any-return]
-    slots = index.shape[0]
-    given["miss"] = miss = parse_policy(policy)[0] if slots else STATIC
+    slots = given["index"].shape[0]
+    given["format"] = str(parsed.activation)
+    given["miss"] = miss = parsed.miss if slots else STATIC
     with state_access(x.device, miss in LEARNING):
-        given["small_m"] = small_batch_limit_of(x, weight_codes, column_slot.shape[0], batch_invariant)
+        given["small_m"] = small_batch_limit_of(
+            x, given["weight_codes"].shape[0], given["column_slot"].shape[0], parsed
+        )
         quantized(given, run_kernel)
         if slots:
             with STATES.fetching:
-                own = STATES.own_caches(index, [cached_index], [outlier_weight])
+                own = STATES.own_caches(given["index"], [given["cached_index"]], [given["outlier_weight"]])
                 given["index"], (given["cached_index"],), (given["outlier_weight"],) = own
                 refreshed(given, run_kernel)
         return multiplied(given, run_kernel)  # type: ignore[no-any-return]
 
 
-@linear.register_fake
-def _(x: Tensor, weight_codes: Tensor, *others: Any) -> Tensor:
-    operand_checks.LINEAR.examine(x, weight_codes, *others[:10])
-    return x.new_empty((*x.shape[:-1], weight_codes.shape[0]))
+@results_of(linear)
+def _(given: Given) -> Tensor:
+    parsed = LinearRecipe.parse(given.recipe)
+    named = {**given, **parsed.named(given.weight, given.state, given.cache)}
+    _operands(parsed).examine_named(named)
+    _examine_parts(parsed, named)
+    return given.x.new_empty((*given.x.shape[:-1], named["weight_codes"].shape[0]))  # type: ignore[no-any-return]
 
 
-declare(linear, composite=True, rows=WEIGHT, state=STATE)
+declare(linear, composite=True)

@@ -5,21 +5,26 @@ Kernels read memory by these sizes, so that an operand of another shape or dtype
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mixq_compile.errors import OperandError
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ops.weight_codes import weight_bits
+from mixq_compile.scheme import WeightRecipe
+from mixq_compile.weights.recipe import parts
 
 KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "float": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "fp32": (torch.float32,),
     "int32": (torch.int32,),
     "int8": (torch.int8,),
+    "bool": (torch.bool,),
     "codes": (torch.int8, torch.uint8),
+    "bytes": (torch.int8, torch.uint8),
     "any": (),
 }
 REMEMBERED = 1024
@@ -67,6 +72,10 @@ class Operands:
         )
         self._fitting: set[tuple[object, ...]] = set()
 
+    def select(self, given: Mapping[str, Tensor | None]) -> list[Tensor | None]:
+        """The operands in their order, of what is given by name."""
+        return [given.get(operand.name) for operand in self._operands]
+
     def check(self, *tensors: Tensor | None) -> None:
         """Raises OperandError where these operands, in their order, do not fit. For real tensors."""
         key = tuple([None if item is None else (item.shape, item.dtype, item.device) for item in tensors])
@@ -75,6 +84,10 @@ class Operands:
             if len(self._fitting) >= REMEMBERED:
                 self._fitting.clear()
             self._fitting.add(key)
+
+    def examine_named(self, given: Mapping[str, Tensor | None]) -> None:
+        """`examine` for operands by name."""
+        self.examine(*self.select(given))
 
     def examine(self, *tensors: Tensor | None) -> None:
         """As `check`, without remembering; symbolic sizes fit everything, so that none gets a guard."""
@@ -180,6 +193,45 @@ def _text(sizes: Sequence[int], before: str = "") -> str:
     return f"[{before}{', '.join(str(size) for size in sizes)}]"
 
 
+def examine_weight(
+    operator: str,
+    fmt: TensorFormat,
+    codes: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+) -> None:
+    """Raises OperandError where a weight's tensors are not those of its format, for codes `[..., K]`."""
+    found = {"weight_codes": weight_codes, "weight_scale": weight_scale, "weight_zero": weight_zero}
+    sizes = weight_codes.shape[0], codes.shape[-1]
+    are_known = all(isinstance(size, int) for size in sizes)
+    # Symbolic sizes fit everything: to compute with them would set guards.
+    wanted = parts(WeightRecipe(fmt), *(sizes if are_known else (1, 1)), torch.float32)
+    for name, tensor in found.items():
+        prefix = f"mixq::{operator}: {name} "
+        if tensor is None:
+            if name in wanted:
+                raise OperandError(f"{prefix}is missing: a weight in {fmt} has zero points.")
+            continue
+        if name not in wanted:
+            raise OperandError(f"{prefix}was given: a weight in {fmt} has no zero points.")
+        shape, dtype = wanted[name]
+        if tensor.dtype != dtype:
+            raise OperandError(
+                f"{prefix}has the dtype {_name(tensor.dtype)}: in {fmt} it must be {_name(dtype)}."
+            )
+        if tensor.device != codes.device:
+            raise OperandError(
+                f"{prefix}is on {tensor.device}, and codes on {codes.device}: move the module and its input "
+                "to one device."
+            )
+        if are_known and (len(tensor.shape) != len(shape) or any(map(_differ, tensor.shape, shape))):
+            raise OperandError(
+                f"{prefix}has the shape {_text(tensor.shape)}: it must be {_text(shape)}, because codes has "
+                f"K = {sizes[1]} and the weight is in {fmt}."
+            )
+
+
 STATE = {
     "index": "int32 C",
     "column_slot": "int32 K",
@@ -199,18 +251,31 @@ PRODUCT = {
 }
 
 QUANTIZE = Operands("quantize", x="float * K", index="int32 C", column_slot="int32 K", count="int32 1+")
-QUANTIZE_ONLINE = Operands("quantize_online", x="float * K", **STATE)
+QUANTIZE_ONLINE = Operands("quantize_online", x="float * K", **STATE, row_mask="bool *")
+QUANTIZE_AFFINE = Operands(
+    "quantize_affine", x="float * K", index="int32 C", column_slot="int32 K", count="int32 1+"
+)
 MIXED_GEMM = Operands("mixed_gemm", **{k: v for k, v in PRODUCT.items() if "scale" not in k and k != "bias"})
 DEQUANTIZE = Operands(
     "dequantize", x="float * _", accumulator="int32 * N", outlier_product="fp32 * N", scale="fp32 *",
-    weight_scale="fp32 N", bias="float N",
+    weight_scale="fp32 N", bias="float N", addend="float * N",
 )  # fmt: skip
-MIXED_LINEAR = Operands("mixed_linear", x="float * _", **PRODUCT)
-READ_LINEAR = Operands("mixed_linear", x="float * K", **PRODUCT)
+MIXED_LINEAR = Operands("mixed_linear", x="float * _", **PRODUCT, addend="float * N")
+READ_LINEAR = Operands("mixed_linear", x="float * K", **PRODUCT, addend="float * N")
 """Where few rows take the weight-only path, which reads x."""
+GROUPED_LINEAR = Operands(
+    "grouped_linear", codes="int8 * K", scale="fp32 *", outliers="float * C", count="int32 1+",
+    weight_codes="any N _", outlier_weight="float N C", bias="float N", addend="float * N",
+)  # fmt: skip
+"""But for the tensors whose shape the format of the weight says: see `examine_weight`."""
 WEIGHT_ONLY = Operands(
-    "weight_only_linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N"
+    "weight_only_linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N",
+    addend="float * N",
+)  # fmt: skip
+FORMATTED_WEIGHT_ONLY = Operands(
+    "weight_only_linear", x="float * K", weight_codes="bytes N _", bias="float N", addend="float * N"
 )
+"""Where a format says how codes, scales and zero points lie: see `examine_weight`."""
 REFRESH = Operands(
     "refresh_outlier_weights", codes="any * K", index="int32 C", count="int32 1+", cached_index="int32 C",
     outlier_weight="float N C", weight_codes="codes N K", weight_scale="fp32 N",
@@ -223,5 +288,11 @@ QUANTIZED_LINEAR = Operands(
 )  # fmt: skip
 LINEAR = Operands(
     "linear", x="float * K", weight_codes="codes N K", weight_scale="fp32 N", bias="float N", **STATE,
-    cached_index="int32 C", outlier_weight="float N C", original="float N K | empty",
+    cached_index="int32 C", outlier_weight="float N C", original="float N K | empty", row_mask="bool *",
 )  # fmt: skip
+FORMATTED_LINEAR = Operands(
+    "linear", x="float * K", weight_codes="any N _", bias="float N", **STATE, cached_index="int32 C",
+    outlier_weight="float N C", original="float N K | empty", row_mask="bool *", left="float K R",
+    right="float R N",
+)  # fmt: skip
+"""Where a format says how codes, scales and zero points lie: see `examine_weight`."""

@@ -79,15 +79,26 @@ class Signature:
         is missing.
         """
         try:
-            return self._picked(given)
-        except KeyError:
-            return self.arrange(self.select(given))[0]  # one has its default, or is missing
+            if not self.defaults or given.keys().isdisjoint(self._optional):
+                return self._picked(given)
+        except KeyError:  # one is missing: said below
+            pass
+        return self.arrange(self.select(given))[0]
+
+    @functools.cached_property
+    def required(self) -> int:
+        """How many operands come first that have no default."""
+        return sum(name not in self.defaults for name in self.positional)
+
+    @functools.cached_property
+    def _optional(self) -> frozenset[str]:
+        return frozenset(self.defaults)
 
     @functools.cached_property
     def _picked(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-        if self.keyword_only or len(self.positional) < 2:  # itemgetter returns no tuple of one
+        if self.keyword_only or self.required < 2:  # itemgetter returns no tuple of one
             raise PipelineError(f"{self.operator} has keyword-only operands, or fewer than two.")
-        return operator.itemgetter(*self.positional)
+        return operator.itemgetter(*self.positional[: self.required])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ A provider is a folder in `mixq_compile/kernels/`; each of its modules registers
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -19,11 +20,16 @@ from typing import Any
 import torch
 
 from mixq_compile.errors import KernelError, unknown_name
-from mixq_compile.formats import INT8, TensorFormat
+from mixq_compile.formats import INT4, INT8, TensorFormat
+from mixq_compile.ops.activation_codes import code_bits
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+ADDED_BEHIND = frozenset({"addend"})
+"""Operands that `run_with` adds to the result of a kernel that has no place for them."""
+ANY_WEIGHT = ANY_ACTIVATION = str(INT8)
+"""What `run` is told where an operator takes no codes of that kind, or where their format is all one."""
 _KERNELS_FOLDER = Path(__file__).parent.parent / "kernels"
 _KERNELS = f"{__name__.split('.', maxsplit=1)[0]}.{_KERNELS_FOLDER.name}"
 """Where providers lie; they are found by being there, whichever there are."""
@@ -43,6 +49,8 @@ class KernelQuery:
     """Format of the activation's codes; None where it stays in 16 bit."""
     in_features: int | None = None
     out_features: int | None = None
+    operands: frozenset[str] = frozenset()
+    """Operands that the call gives although they have a default: a kernel need not have a place for them."""
 
 
 Supports = Callable[[KernelQuery], "bool | str"]
@@ -65,10 +73,21 @@ class Provider:
     """Largest M that the weight-only path serves better; None means that path is never better."""
     merges: Supports | None = None
     """Whether one product with the rows of several weights beats a product for each; None: not known to."""
+    takes: frozenset[str] = frozenset()
+    """The operands with a default that its function has a place for."""
+
+    def verdict(self, query: KernelQuery) -> bool | str:
+        """True, or why it does not serve a call: `supports` says it, or an operand has no place."""
+        if lacking := sorted(query.operands - self.takes - ADDED_BEHIND):
+            return f"it has no place for {', '.join(lacking)}"
+        return self.supports(query)
 
 
 _PROVIDERS: dict[str, dict[str, Provider]] = {}
 _SIGNATURES: dict[str, tuple[str, ...]] = {}
+"""By operator: the operands that every provider takes."""
+_OPTIONAL: dict[str, tuple[str, ...]] = {}
+"""By operator: the operands with a default, which a provider may lack."""
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _AFTER_CHANGES: list[Callable[[], None]] = []
 _AFTER_LOADING: list[Callable[[], object]] = []
@@ -77,9 +96,12 @@ announced: set[tuple[str, str]] = set()
 
 
 def declare(op: str, function: Callable[..., Any]) -> None:
-    """Records an operator's argument names (without the trailing `kernel`), for providers to match."""
-    names = tuple(inspect.signature(function).parameters)
-    _SIGNATURES[op] = tuple(name for name in names if name != "kernel")
+    """Records an operator's argument names (without `kernel`, the last that has no default), for providers
+    to match."""
+    parameters = inspect.signature(function).parameters
+    optional = tuple(name for name, given in parameters.items() if given.default is not given.empty)
+    _SIGNATURES[op] = tuple(name for name in parameters if name not in (*optional, "kernel"))
+    _OPTIONAL[op] = optional
 
 
 def implements(op: str, function: Callable[..., Any]) -> None:
@@ -114,20 +136,23 @@ def provider(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as provider `name` of operator `op`.
 
-    Raises KernelError where its argument names differ from the operator's.
+    Raises KernelError where its argument names differ from the operator's. It may lack operands that have a
+    default: calls that give them take another provider.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if op not in _SIGNATURES:
             raise unknown_name("operator", op, _SIGNATURES)
         found = tuple(inspect.signature(function).parameters)
-        if found != _SIGNATURES[op]:
+        takes = tuple(operand for operand in _OPTIONAL[op] if operand in found)
+        if found != (*_SIGNATURES[op], *takes):
+            may = f", and may have {_OPTIONAL[op]}" if _OPTIONAL[op] else ""
             raise KernelError(
                 f"provider {name!r} of mixq::{op} takes {found}, but the operator has "
-                f"{_SIGNATURES[op]}: give it the same arguments in the same order."
+                f"{_SIGNATURES[op]}{may}: give it the same arguments in the same order."
             )
         _PROVIDERS.setdefault(op, {})[name] = Provider(
-            op, name, function, supports, priority, speedup, small_batch, merges
+            op, name, function, supports, priority, speedup, small_batch, merges, frozenset(takes)
         )
         for forget in _AFTER_CHANGES:
             forget()
@@ -163,7 +188,7 @@ def rejections(query: KernelQuery) -> tuple[Provider | None, dict[str, str]]:
     """The preferred provider that supports the query, and for each refused one its reason."""
     refused: dict[str, str] = {}
     for entry in providers_of(query.op):
-        verdict = entry.supports(query)
+        verdict = entry.verdict(query)
         if verdict is True:
             return entry, refused
         refused[entry.name] = str(verdict)
@@ -195,19 +220,67 @@ def named(op: str, name: str) -> Provider:
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(op: str, device: torch.device, dtype: torch.dtype, weight_bits: int) -> Callable[..., Any]:
+def _chosen(
+    op: str, device: torch.device, dtype: torch.dtype, weight: str, activation: str
+) -> Callable[..., Any]:
     """The function that `choose` chooses; in every call, where a query costs microseconds to hash."""
-    return choose(KernelQuery(op, device, dtype, TensorFormat(weight_bits))).function
+    code_bits(activation)
+    query = KernelQuery(op, device, dtype, TensorFormat.parse(weight), TensorFormat.parse(activation))
+    return choose(query).function
 
 
-def run(op: str, kernel: str, x: torch.Tensor, weight_bits: int, *arguments: Any) -> Any:
+def run(op: str, kernel: str, x: torch.Tensor, weight: str, activation: str, *arguments: Any) -> Any:
     """Calls the chosen provider (`kernel` is its name or `"auto"`) with the operator's arguments.
 
-    `x` is a tensor whose device and dtype decide under `"auto"`.
+    `x` is a tensor whose device and dtype decide under `"auto"`, and with them `weight` and `activation`, the
+    texts of the formats of the codes that are read and written.
     """
     if kernel == AUTO:
-        return _chosen(op, x.device, x.dtype, weight_bits)(*arguments)
+        return _chosen(op, x.device, x.dtype, weight, activation)(*arguments)
+    code_bits(activation)
     return named(op, kernel).function(*arguments)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen_with(
+    op: str, kernel: str, device: torch.device, dtype: torch.dtype, weight: str, activation: str,
+    given: frozenset[str],
+) -> Provider:  # fmt: skip
+    """The provider of a call that gives operands which have a default."""
+    code_bits(activation)
+    formats = TensorFormat.parse(weight), TensorFormat.parse(activation)
+    query = KernelQuery(op, device, dtype, *formats, operands=given)
+    if kernel == AUTO:
+        return choose(query)
+    found = named(op, kernel)
+    if lacking := sorted(given - found.takes - ADDED_BEHIND):
+        raise KernelError(f"kernel {kernel!r} of mixq::{op} has no place for {', '.join(lacking)}.")
+    return found
+
+
+def run_with(
+    optional: Mapping[str, Any],
+    op: str,
+    kernel: str,
+    x: torch.Tensor,
+    weight: str,
+    activation: str,
+    *arguments: Any,
+) -> Any:
+    """As `run`, for a call that gives operands which have a default: by a provider that takes them.
+
+    An `addend` is added in fp32 to the result of a kernel that does not take it, at the cost of one more
+    rounding. Raises KernelError where a named provider does not take another, or none does.
+    """
+    given = frozenset(optional)
+    found = _chosen_with(op, kernel, x.device, x.dtype, weight, activation, given)
+    if given <= found.takes:
+        return found.function(*arguments, **optional)
+    taken = {name: value for name, value in optional.items() if name in found.takes}
+    result = found.function(*arguments, **taken)
+    for name in ADDED_BEHIND & (given - found.takes):
+        result = (result.float() + optional[name].float()).to(result.dtype)
+    return result
 
 
 def supporting(query: KernelQuery, kernel: str) -> Provider:
@@ -215,7 +288,7 @@ def supporting(query: KernelQuery, kernel: str) -> Provider:
     if kernel == AUTO:
         return choose(query)
     provider = named(query.op, kernel)
-    verdict = provider.supports(query)
+    verdict = provider.verdict(query)
     if verdict is not True:
         raise KernelError(f"kernel {kernel!r} cannot run mixq::{query.op} on {query.device}: {verdict}.")
     return provider
@@ -233,9 +306,20 @@ def linear_query(
     weight: TensorFormat,
     activation: TensorFormat | None = INT8,
 ) -> KernelQuery:
-    """The query for the product of a linear of these formats; without an activation's, weight-only."""
-    op = "weight_only_linear" if activation is None else "mixed_linear"
-    return KernelQuery(op, x.device, x.dtype, weight, activation, in_features, out_features)
+    """The query for the product of a linear of these formats; without an activation's, weight-only.
+
+    A product does not see the zero points of an activation: its codes are integers of as many bits.
+    """
+    told = weight in (INT4, INT8)
+    given: frozenset[str] = frozenset()
+    if activation is None:
+        op = "weight_only_linear"
+        if not told:
+            given = frozenset({"weight_format"} if weight.signed else {"weight_format", "weight_zero"})
+    else:
+        op = "mixed_linear" if told else "grouped_linear"
+        activation = dataclasses.replace(activation, signed=True)
+    return KernelQuery(op, x.device, x.dtype, weight, activation, in_features, out_features, given)
 
 
 def refused_format(query: KernelQuery) -> str | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.activation_codes import code_bits
+from mixq_compile.ops.providers import ANY_WEIGHT, run
 from mixq_compile.ops.registration import operator
-from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, quantized_like
+from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, Given, quantized_like, results_of
 from mixq_compile.ops.traits import declare
 
 
@@ -19,25 +18,28 @@ def quantize(
     index: Tensor,
     column_slot: Tensor,
     count: Tensor,
-    bits: int,
+    format: str,
     small_m: int,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes rows with fixed outlier columns.
 
-    x `[..., K]`; index `[C]`, column_slot `[K]`, count int32 (C = 0: no outliers).
-    Returns codes int8 `[..., K]`, scale fp32 `[...]`, outliers `[..., C]` in x's dtype.
+    x `[..., K]`; index `[C]`, column_slot `[K]`, count int32 (C = 0: no outliers); format of the codes:
+    int8 or int4. Returns codes int8 `[..., K]`, scale fp32 `[...]`, outliers `[..., C]` in x's dtype.
+    Raises OptionError for another format.
     """
     operand_checks.QUANTIZE.check(x, index, column_slot, count)
-    return run("quantize", kernel, x, 8, x, index, column_slot, count, bits, small_m)  # type: ignore[no-any-return]
+    return run(  # type: ignore[no-any-return]
+        "quantize", kernel, x, ANY_WEIGHT, format,
+        x, index, column_slot, count, format, small_m,
+    )  # fmt: skip
 
 
-@quantize.register_fake
-def _(
-    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    operand_checks.QUANTIZE.examine(x, index, column_slot, count)
-    return quantized_like(x, index.shape[0])
+@results_of(quantize)
+def _(given: Given) -> tuple[Tensor, Tensor, Tensor]:
+    code_bits(given.format)
+    operand_checks.QUANTIZE.examine_named(given)
+    return quantized_like(given.x, given.index.shape[0])
 
 
 declare(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
-from mixq_compile.ops.providers import run
+from mixq_compile.ops.providers import ANY_ACTIVATION, ANY_WEIGHT, run
 from mixq_compile.ops.registration import operator
-from mixq_compile.ops.shared_declarations import LAYOUT
+from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 
@@ -44,7 +43,7 @@ def refresh_outlier_weights(
             for each in _readers(cached_index, held, weight_codes, weight_scale, original):
                 operand_checks.REFRESH.check(codes, index, count, *each)
             run(
-                "refresh_outlier_weights", kernel, outlier_weight[0], 8,
+                "refresh_outlier_weights", kernel, outlier_weight[0], ANY_WEIGHT, ANY_ACTIVATION,
                 codes, index, count, cached_index, held, weight_codes, weight_scale, original, small_m,
             )  # fmt: skip
 
@@ -81,21 +80,12 @@ def _readers(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     return zip(*lists, strict=True)
 
 
-@refresh_outlier_weights.register_fake
-def _(
-    codes: Tensor,
-    index: Tensor,
-    count: Tensor,
-    cached_index: Sequence[Tensor],
-    outlier_weight: Sequence[Tensor],
-    weight_codes: Sequence[Tensor],
-    weight_scale: Sequence[Tensor],
-    original: Sequence[Tensor],
-    *others: Any,
-) -> None:
-    held = _rows_of_each(outlier_weight, weight_codes)
-    for each in _readers(cached_index, held, weight_codes, weight_scale, original):
-        operand_checks.REFRESH.examine(codes, index, count, *each)
+@results_of(refresh_outlier_weights)
+def _(given: Given) -> None:
+    held = _rows_of_each(given.outlier_weight, given.weight_codes)
+    readers = given.cached_index, held, given.weight_codes, given.weight_scale, given.original
+    for each in _readers(*readers):
+        operand_checks.REFRESH.examine(given.codes, given.index, given.count, *each)
 
 
 declare(

@@ -10,9 +10,13 @@ fit each other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from mixq_compile.ops.operands import signature_of
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT
 
@@ -36,3 +40,27 @@ def quantized_like(x: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes `[..., K]`, scale `[...]` and outliers `[..., C]` of x, of which only the shapes count."""
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return _codes_like(x), scale, x.new_empty((*x.shape[:-1], capacity))
+
+
+class Given(dict[str, Any]):
+    """The operands of a call by name, those with a default too, which are attributes as well."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+def results_of(operator: Any) -> Callable[[Callable[[Given], Any]], Callable[[Given], Any]]:
+    """Decorates what gives the results of an operator, without values, for operands without values.
+
+    For tracing and export: shapes may be symbolic, and nothing may depend on an element.
+    """
+    signature = signature_of(operator._opoverload)
+
+    def register(results: Callable[[Given], Any]) -> Callable[[Given], Any]:
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            return results(Given({**signature.defaults, **signature.bind(args, kwargs)}))
+
+        operator.register_fake(fake)
+        return results
+
+    return register

@@ -29,6 +29,8 @@ class Traits:
     """It computes a linear, or several that were merged, with the weight in `weight_codes`."""
     rows: tuple[str, ...] = ()
     """Operands that have a row, or an element, for each output of the weight."""
+    columns: tuple[str, ...] = ()
+    """Operands that have a column for each output of the weight: they are joined side by side, if at all."""
     joins: bool = False
     """Products of one value may become one whose operands with rows lie one below the other."""
     quantizes: str | None = None
@@ -55,7 +57,7 @@ def declare(operator: Any, *, composite: bool = False, **traits: Any) -> None:
 
 def _check(traits: Traits, overload: Any) -> None:
     names = {argument.name for argument in overload._schema.arguments}
-    named = {traits.source, *traits.rows, *traits.state, *traits.each}
+    named = {traits.source, *traits.rows, *traits.columns, *traits.state, *traits.each}
     named |= {"weight_codes"} if traits.product else set()
     named |= {traits.quantizes} if traits.quantizes else set()
     if unknown := sorted(named - names):

@@ -1,7 +1,7 @@
-"""Integer codes of a weight: solving for scales, packing two 4-bit codes a byte, and back.
+"""Integer codes of a weight as operators take them: per row, int8 or two 4-bit codes a byte.
 
 A weight of 8 bits is int8 `[N, K]`; one of 4 bits is uint8 `[N, ceil(K/2)]`, the even column in the
-low nibble. Rows are padded in memory to a stride of 16 bytes (what TMA needs); K stays logical.
+low nibble. What formats mean and how codes are packed is `mixq_compile.weights`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,32 @@ from torch import Tensor
 from mixq_compile.errors import OptionError
 from mixq_compile.formats import INT4, INT8, TensorFormat
 from mixq_compile.scheme import WeightRecipe
+from mixq_compile.weights import packing, rounding
+from mixq_compile.weights.packing import ROW_ALIGNMENT, aligned_empty, codes_dtype
+from mixq_compile.weights.recipe import make, refuse_beyond_codes
+from mixq_compile.weights.rounding import EPSILON
 
-ROW_ALIGNMENT = 16
-EPSILON = 2.0**-96
-CLIP_CANDIDATES = 41
-SMALLEST_CLIP = 0.5
+__all__ = [
+    "EPSILON",
+    "ROW_ALIGNMENT",
+    "aligned_empty",
+    "codes_dtype",
+    "dequantize_weight",
+    "format_name",
+    "format_of",
+    "integer_codes",
+    "pack_int4",
+    "quantize_weight",
+    "unpack_int4",
+    "weight_bits",
+]
 
 
-def aligned_empty(leading: tuple[int, ...], columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised `[*leading, columns]` tensor of bytes whose row stride is a multiple of 16."""
-    padded = (columns + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
-    return torch.empty((*leading, padded), dtype=dtype, device=device)[..., :columns]
+def aligned(codes: Tensor) -> Tensor:
+    """Codes `[N, bytes]` whose rows begin at multiples of 16 bytes: these, or a copy where they do not."""
+    if codes.stride(0) % ROW_ALIGNMENT == 0:
+        return codes
+    return aligned_empty((codes.shape[0],), codes.shape[1], codes.dtype, codes.device).copy_(codes)
 
 
 def weight_bits(weight_codes: Tensor) -> int:
@@ -30,9 +45,19 @@ def weight_bits(weight_codes: Tensor) -> int:
     return 4 if weight_codes.dtype == torch.uint8 else 8
 
 
-def codes_dtype(fmt: TensorFormat) -> torch.dtype:
-    """The dtype of codes in memory: int8, or uint8 where they count from 0 or several share a byte."""
-    return torch.int8 if fmt.bits == 8 and fmt.signed else torch.uint8
+def told_by_codes(fmt: TensorFormat) -> bool:
+    """True for the formats that the dtype of the codes tells: those of the integer kernels."""
+    return fmt in (INT4, INT8)
+
+
+def format_operand(fmt: TensorFormat) -> dict[str, str]:
+    """The operand `weight_format` of a linear with weights of this format, where one is needed."""
+    return {} if told_by_codes(fmt) else {"weight_format": str(fmt)}
+
+
+def format_name(weight_codes: Tensor) -> str:
+    """The text of `format_of`, without making a value of it: asked in every call."""
+    return "int4" if weight_codes.dtype == torch.uint8 else "int8"
 
 
 def format_of(weight_codes: Tensor) -> TensorFormat:
@@ -42,72 +67,34 @@ def format_of(weight_codes: Tensor) -> TensorFormat:
 
 def pack_int4(codes: Tensor) -> Tensor:
     """Packs int8 codes in [-8, 7], `[N, K]`, into uint8 `[N, ceil(K/2)]`; an odd K pads with code 0."""
-    rows, columns = codes.shape
-    if columns % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    low, high = codes[:, 0::2], codes[:, 1::2]
-    packed = (low & 0xF).to(torch.uint8) | ((high & 0xF).to(torch.uint8) << 4)
-    out = aligned_empty((rows,), packed.shape[1], torch.uint8, codes.device)
-    return out.copy_(packed)
+    return packing.pack(codes, INT4)
 
 
 def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     """The int8 codes `[N, columns]` of a packed weight."""
-    low = (packed & 0xF).to(torch.int8)
-    high = (packed >> 4).to(torch.int8)
-    both = torch.stack((low, high), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
-    return torch.where(both > 7, both - 16, both)
+    return packing.unpack(packed, INT4, columns)
 
 
 def integer_codes(weight_codes: Tensor, in_features: int) -> Tensor:
     """int8 codes `[N, K]` of a weight of either width."""
-    if weight_bits(weight_codes) == 4:
-        return unpack_int4(weight_codes, in_features)
-    return weight_codes
-
-
-def _codes_for(weight: Tensor, scale: Tensor, fmt: TensorFormat) -> Tensor:
-    lowest = -fmt.largest_code - (1 if fmt.bits == 4 else 0)
-    return torch.round(weight / scale[:, None]).clamp_(lowest, fmt.largest_code)
-
-
-def _clip_search(weight: Tensor, largest: Tensor, fmt: TensorFormat) -> Tensor:
-    """The scale per row with the smallest squared error among clipped maxima."""
-    largest_codes = torch.full_like(largest, fmt.largest_code)
-    best_scale = largest / largest_codes
-    best_error = torch.full_like(largest, torch.inf)
-    ratios = torch.linspace(1.0, SMALLEST_CLIP, CLIP_CANDIDATES, dtype=torch.float32, device="cpu")
-    for ratio in ratios.tolist():
-        scale = (largest * ratio) / largest_codes
-        error = (_codes_for(weight, scale, fmt) * scale[:, None] - weight).square_().sum(dim=1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_scale
+    return packing.unpack(weight_codes, format_of(weight_codes), in_features)
 
 
 def quantize_weight(weight: Tensor, recipe: WeightRecipe) -> tuple[Tensor, Tensor]:
     """Codes and fp32 scales `[N]` of a weight `[N, K]`, one scale per output channel.
 
-    Codes are int8 `[N, K]` or, for 4 bits, packed uint8 `[N, ceil(K/2)]`.
+    Codes are int8 `[N, K]` or, for 4 bits, packed uint8 `[N, ceil(K/2)]`. Raises OptionError for a recipe
+    that has more than these, or another format.
     """
     fmt = recipe.format
     if not fmt.per_row or fmt.bits not in (4, 8):
         raise OptionError(f"no kernel multiplies {fmt} weights: int8 and int4, with a scale for each row.")
-    values = weight.detach().float()
-    largest = values.abs().amax(dim=1).clamp_min(EPSILON)  # [N]
-    if recipe.solver == "clip":
-        scale = _clip_search(values, largest, fmt)
-    else:
-        # A tensor, because GPUs divide by a number through its reciprocal, with another last bit.
-        scale = largest / torch.full_like(largest, fmt.largest_code)
-    codes = _codes_for(values, scale, fmt).to(torch.int8)
-    if fmt.bits == 4:
-        return pack_int4(codes), scale
-    out = aligned_empty((codes.shape[0],), codes.shape[1], torch.int8, codes.device)
-    return out.copy_(codes), scale
+    refuse_beyond_codes(recipe, "a mixed-precision product")
+    made = make(recipe, weight, torch.float32)
+    return made.codes, made.scale
 
 
 def dequantize_weight(weight_codes: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
     """The fp32 weight `[N, K]` that codes and scales `[N]` stand for."""
-    return integer_codes(weight_codes, in_features).float() * weight_scale[:, None]
+    codes = integer_codes(weight_codes, in_features)
+    return rounding.values(codes, weight_scale, None, format_of(weight_codes))

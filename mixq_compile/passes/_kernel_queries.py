@@ -7,11 +7,11 @@ from typing import Any
 from torch.fx import Node
 
 from mixq_compile.errors import PipelineError
-from mixq_compile.formats import INT8
+from mixq_compile.formats import INT8, TensorFormat
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
-from mixq_compile.ops.operands import operand
-from mixq_compile.ops.traits import traits_of
+from mixq_compile.ops.operands import given_operands, operand, operands, signature_of
+from mixq_compile.ops.traits import Traits, traits_of
 from mixq_compile.ops.weight_codes import format_of
 
 REFERENCE = "ref"
@@ -28,8 +28,26 @@ def kernel_query(graph: CapturedGraph, node: Node, operator: Any = None) -> prov
         raise PipelineError(f"{target} is no operator of mixq_compile: no provider has a kernel for it.")
     source = operand(node, traits.source)
     value = graph.value(source[0] if isinstance(source, (list, tuple)) else source)
-    weight = format_of(graph.value(operand(node, "weight_codes"))) if traits.product else INT8
-    return providers.KernelQuery(traits.name, value.device, value.dtype, weight)
+    signature, given = signature_of(target), given_operands(node)
+    optional = frozenset(
+        name for name, default in signature.defaults.items() if given.get(name, default) != default
+    )
+    formats = _weight_format(graph, node, traits), _activation_format(node)
+    return providers.KernelQuery(traits.name, value.device, value.dtype, *formats, operands=optional)
+
+
+def _weight_format(graph: CapturedGraph, node: Node, traits: Traits) -> TensorFormat:
+    """The format of the weight that a product reads: said by an operand, or by the codes' dtype."""
+    text = given_operands(node).get("weight_format")
+    if text:
+        return TensorFormat.parse(text)
+    return format_of(graph.value(operand(node, "weight_codes"))) if traits.product else INT8
+
+
+def _activation_format(node: Node) -> TensorFormat:
+    """The format of the codes that a call writes, where it says one."""
+    text = operands(node).get("format")
+    return INT8 if text is None else TensorFormat.parse(text)
 
 
 def why_only_reference(graph: CapturedGraph, node: Node, operator: Any) -> str | None:

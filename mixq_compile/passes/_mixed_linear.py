@@ -21,10 +21,10 @@ Write = Callable[[Any, Mapping[str, Any]], Node]
 class MixedLinear:
     """One quantized linear: its operands, as nodes, and what is known of its outliers."""
 
-    operands: Mapping[str, Node | None]
+    operands: Mapping[str, Node | str | None]
     """x, the weight's and the state's, by the names that `ops.composition` lists."""
-    bits: int
-    """Of the activation's codes."""
+    format: str
+    """Of the activation's codes, as text."""
     policy: dict[str, Any] | None
     """The outlier policy as JSON; None: no outlier columns are kept."""
     columns: list[int] | None
@@ -47,7 +47,7 @@ class MixedLinear:
         composition.check_taken(self.operands)
         given: composition.Given = {
             **self.operands,
-            "bits": self.bits,
+            "format": self.format,
             "small_m": self.small_m,
             "kernel": AUTO,
         }
@@ -56,7 +56,7 @@ class MixedLinear:
         return result
 
 
-def write_weight_only(operands: Mapping[str, Node | None], write: Write) -> Node:
+def write_weight_only(operands: Mapping[str, Node | str | None], write: Write) -> Node:
     """The node of a linear whose input stays as it is; of the operands it takes x and the weight's."""
     composition.check_taken(operands)
 

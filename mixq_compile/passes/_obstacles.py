@@ -13,6 +13,7 @@ from mixq_compile.ops.operands import operands_without_place
 
 MOST_NAMES = 4
 """How many nodes a reason names; the details name all."""
+UNLIKE = "with another scheme, policy or columns"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -12,25 +12,12 @@ from torch.fx import Node
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops.operands import operand
+from mixq_compile.passes._input_changes import since_calibration
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.selection.columns import calibrated_columns
 
-
-def calibrated_columns(
-    stats: Any, fqn: str, scheme: QuantScheme, in_features: int
-) -> tuple[list[int], list[float]] | None:
-    """The outlier columns of a linear by its statistics, and their maxima; None where it has none.
-
-    With 8-bit activations the columns above the threshold, and at most as many as there are slots;
-    with 4-bit ones always as many, the largest first.
-    """
-    policy = scheme.outliers
-    found = stats.find(fqn)
-    if policy is None or scheme.activation is None or found is None:
-        return None
-    threshold = policy.threshold if scheme.activation.bits == 8 else None
-    columns = stats.outlier_columns(fqn, threshold=threshold, count=policy.capacity_for(in_features))
-    return columns, [float(found.absmax[column]) for column in columns]
+CHANGED = "its input was {how} after calibration, so that its maxima are not known: {rest}"
 
 
 @dataclass(frozen=True)
@@ -52,10 +39,14 @@ class AnnotateOutliers(Pass):
         context.stats.check_model(shapes)
         for node, fqn, scheme in chosen:
             in_features = shapes[fqn][-1]
-            found = calibrated_columns(context.stats, fqn, scheme, in_features)
+            online = scheme.outliers is not None and scheme.outliers.miss != "static"
+            rest = "columns are found online" if online else "no columns are kept"
+            inverse, how = since_calibration(graph, node)
+            if how is not None:
+                yield Decision.skipped(node, CHANGED.format(how=how, rest=rest), fqn=fqn)
+                continue
+            found = calibrated_columns(context.stats, fqn, scheme, in_features, inverse)
             if found is None:
-                online = scheme.outliers is not None and scheme.outliers.miss != "static"
-                rest = "columns are found online" if online else "no columns are kept"
                 yield Decision.skipped(node, f"it never ran during calibration: {rest}", fqn=fqn)
                 continue
             columns, maxima = found
@@ -64,7 +55,7 @@ class AnnotateOutliers(Pass):
                 reason += f", of magnitude {min(maxima):.3g} to {max(maxima):.3g}"
             yield Decision.applied(node, reason, fqn=fqn, details={"columns": columns})
             view = Annotations(node)
-            view.outlier_columns, view.absmax = columns, maxima
+            view.outlier_columns, view.column_max = columns, maxima
 
     def _chosen(self, graph: CapturedGraph) -> list[tuple[Node, str, QuantScheme]]:
         """The linears with a scheme that keeps outlier columns, with their names."""

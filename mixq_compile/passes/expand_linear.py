@@ -14,9 +14,11 @@ from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.roles import role_of
 from mixq_compile.ir.shapes import row_count
-from mixq_compile.ops.linear import parse_policy, small_batch_limit_of
+from mixq_compile.ops.linear import small_batch_limit_of
+from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.operands import operands
 from mixq_compile.ops.outlier_state import COUNT
+from mixq_compile.ops.weight_codes import format_operand
 from mixq_compile.passes._mixed_linear import MixedLinear, write_weight_only
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
@@ -40,9 +42,14 @@ class ExpandLinear(Pass):
             graph.replace(node, result)
 
     def _expand(self, graph: CapturedGraph, node: Node, fqn: str) -> Node:
-        given = operands(node)
-        bits, batch_invariant = given.pop("activation_bits"), given.pop("batch_invariant")
-        miss, threshold = parse_policy(given.pop("policy"))
+        named = operands(node)
+        recipe = LinearRecipe.parse(named["recipe"])
+        given = {"x": named["x"], "bias": named["bias"]}
+        given |= recipe.named(named["weight"], named["state"], named["cache"])
+        given |= format_operand(recipe.weight.format)
+        if named["row_mask"] is not None:
+            given["row_mask"] = named["row_mask"]
+        miss, activation = recipe.miss, recipe.activation
         index, counters = graph.tensor(given["index"]), graph.tensor(given["counters"])
 
         def write(operator: Any, named: Mapping[str, Any]) -> Node:
@@ -52,15 +59,16 @@ class ExpandLinear(Pass):
             return made
 
         x, in_features = graph.value(given["x"]), graph.value(given["column_slot"]).shape[0]
-        small_m = small_batch_limit_of(x, graph.value(given["weight_codes"]), in_features, batch_invariant)
+        out_features = graph.value(given["weight_codes"]).shape[0]
+        small_m = small_batch_limit_of(x, out_features, in_features, recipe)
         fixed, _ = row_count(x)
-        if bits == 16 or (fixed is not None and fixed <= small_m):
+        if activation is None or (fixed is not None and fixed <= small_m):
             return write_weight_only(given, write)
         slots = graph.value(given["index"]).shape[0]
         parts = MixedLinear(
             operands=given,
-            bits=bits,
-            policy={"threshold": threshold, "capacity": slots, "miss": miss} if slots else None,
+            format=str(activation),
+            policy={"threshold": recipe.threshold, "capacity": slots, "miss": miss} if slots else None,
             columns=_fixed_columns(index, counters) if miss in ("static", "frozen") else None,
             small_m=small_m,
         )

@@ -17,14 +17,13 @@ from mixq_compile.ir.activation_functions import ACTIVATIONS, activation_functio
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ops.activation_functions import QUANTIZING
 from mixq_compile.ops.operands import operand, operands_for, result, set_operands
 from mixq_compile.passes._kernel_queries import why_only_reference
 from mixq_compile.passes._obstacles import Obstacle, no_place_for_operands, other_readers
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
-QUANTIZING = ("gelu", "relu")
-"""Functions that `quantized_linear` has."""
 ACTIVATED, QUANTIZED = mixq.activated_linear.default, mixq.quantized_linear.default
 QUANTIZES = (mixq.quantize_online.default, mixq.quantize.default)
 
@@ -79,8 +78,8 @@ def _why_not_quantized(
     obstacle = obstacle or no_place_for_operands(QUANTIZED, quantized, {"x", "small_m"})
     if obstacle is not None:
         return obstacle
-    if any(operand(user, "small_m") for user in (linear, quantized, *readers)):
-        return Obstacle("calls with few rows need the value itself")
+    if few := [user for user in (linear, quantized, *readers) if operand(user, "small_m")]:
+        return Obstacle.of("with few rows these need the value itself", few)
     learns = quantized.target is mixq.quantize_online.default
     reason = why_only_reference(graph, linear, QUANTIZED)
     if reason is not None or activation not in QUANTIZING or not learns:
@@ -102,7 +101,7 @@ def _fuse_with_quantization(
     taken = {
         **operands_for(QUANTIZED, linear),
         **operands_for(QUANTIZED, quantized),
-        "activation": activation,
+        "function": activation,
     }
     with graph.graph.inserting_before(quantized):
         fused = graph.call(QUANTIZED, taken, like=linear)

@@ -53,7 +53,7 @@ def _operands_of_both(node: Node) -> dict[str, object] | Obstacle:
     halves = [operand(node, name) for name in PRODUCTS]
     product = producer(halves[0])
     if product is None or product.target is not mixq.mixed_gemm.default:
-        return Obstacle("what it reads is no result of mixed_gemm")
+        return Obstacle.of("what it reads is no result of mixed_gemm", [halves[0]])
     if producer(halves[1]) is not product:
         return Obstacle.of("its operands are results of two products", [product, halves[1]])
     obstacle = other_readers("the product", [product, *halves], {*halves, node})
@@ -64,6 +64,7 @@ def _operands_of_both(node: Node) -> dict[str, object] | Obstacle:
     quantized = producer(operand(product, "codes"))
     traits = traits_of(quantized.target) if quantized is not None else None
     if quantized is None or traits is None or traits.quantizes is None:
-        return Obstacle("its codes are no result of a quantization, whose switch point it must have")
+        what = "its codes are no result of a quantization, whose small_m it must have"
+        return Obstacle.of(what, [operand(product, "codes")])
     taken = {**operands_for(FUSED, product), **operands_for(FUSED, node)}
     return {**taken, "small_m": operand(quantized, "small_m")}

@@ -98,9 +98,10 @@ def gate_of(graph: CapturedGraph, activated: Node, multiplied: Node) -> Gate | O
     gates, values = captured_argument(activated, 0, "input"), factors[0]
     halves = _half_of(graph, gates), _half_of(graph, values)
     if halves[0] is None or halves[1] is None or halves[0][0] is not halves[1][0]:
-        return Obstacle("gates and values are not the halves of one product")
+        parts = [node for node in (gates, values) if isinstance(node, Node)]
+        return Obstacle.of("gates and values are not the halves of one product", parts)
     if (halves[0][1], halves[1][1]) != (0, 1):
-        return Obstacle("the gates are not the first half of the product")
+        return Obstacle.of("the gates are not the first half of the product", [gates])
     return Gate(halves[0][0], (gates, values), activated, multiplied, function)
 
 

@@ -17,17 +17,17 @@ from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import hint_of
 from mixq_compile.ops import providers
 from mixq_compile.ops.joint_rows import join_rows, joinable, row_order
-from mixq_compile.ops.operands import listed_operands, operand, operands, set_operands
+from mixq_compile.ops.operands import given_operands, listed_operands, operand, operands, set_operands
 from mixq_compile.ops.state_access import exclusive_access
 from mixq_compile.ops.traits import Traits, traits_of
 from mixq_compile.passes._kernel_queries import kernel_query
-from mixq_compile.passes._obstacles import Obstacle, written_between
+from mixq_compile.passes._obstacles import UNLIKE, Obstacle, written_between
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
 
 REFRESH = mixq.refresh_outlier_weights.default
-PACKED = ("weight_codes", "weight_scale", "outlier_weight")
+PACKED = ("weight_codes", "weight_scale", "weight_zero", "outlier_weight")
 """The operands with rows that lie in the weight store; a bias is the model's own."""
 
 
@@ -57,8 +57,15 @@ class Product:
     @property
     def shared(self) -> tuple[Any, ...]:
         """The operator and the operands that siblings have in common."""
+        own = (*self.traits.rows, *self.traits.columns)
         given = operands(self.node).items()
-        return (self.node.target, *((name, value) for name, value in given if name not in self.traits.rows))
+        return (self.node.target, *((name, value) for name, value in given if name not in own))
+
+    @property
+    def columns(self) -> list[Node]:
+        """The operands with a column for each output that it is given."""
+        found = [operand(self.node, name) for name in self.traits.columns]
+        return [node for node in found if node is not None]
 
 
 @dataclass(frozen=True)
@@ -111,18 +118,20 @@ class MergeSiblings(Pass):
                     weights = frozenset(product.rows("weight_codes") for product in members)
                     groups[members[0].node.target, weights].append(tuple(members))
                 elif len(products) > 1:
-                    other = "its siblings have another scheme, policy or columns"
-                    yield Decision.skipped(members[0].node, other, fqn=_fqn(members[0]))
+                    others = [each.node for each in products if each is not members[0]]
+                    found = Obstacle.of(f"it has siblings {UNLIKE}", others)
+                    node, fqn = members[0].node, _fqn(members[0])
+                    yield Decision.skipped(node, found.reason, fqn=fqn, details=found.details)
         for rounds in groups.values():
             family = Family(tuple(rounds))
-            first, others = family.products[0], [_fqn(product) for product in family.products[1:]]
+            first, siblings = family.products[0], [_fqn(product) for product in family.products[1:]]
             obstacle = self._why_not(graph, family)
             if obstacle is not None:
-                details = {"siblings": others, **obstacle.details}
+                details = {"siblings": siblings, **obstacle.details}
                 yield Decision.skipped(first.node, obstacle.reason, fqn=_fqn(first), details=details)
                 continue
             features = family.features(graph)
-            what = f"one product with {', '.join(others)}: {' + '.join(map(str, features))} outputs"
+            what = f"one product with {', '.join(siblings)}: {' + '.join(map(str, features))} outputs"
             yield Decision.applied(first.node, what, fqn=_fqn(first), details={"features": features})
             _merge(graph, family)
 
@@ -130,6 +139,8 @@ class MergeSiblings(Pass):
         """Why siblings keep a product each."""
         if self.when == "never":
             return Obstacle("merging is turned off")
+        if added := [node for products in family.rounds for product in products for node in product.columns]:
+            return Obstacle.of("a product adds what has a column for each of its outputs", added)
         if self.when == "auto" and (reason := self._why_no_gain(graph, family)) is not None:
             return Obstacle(reason)
         for products in family.rounds:
@@ -255,7 +266,8 @@ def _why_readers_refuse(graph: CapturedGraph, node: Node, part: Tensor) -> Obsta
         if not any(source in others for source in reader.all_input_nodes):
             continue
         if reader.op == "output":
-            return Obstacle("a result leaves the graph, and may be expected to be adjacent in memory")
+            what = "a result leaves the graph, and may be expected to be adjacent in memory"
+            return Obstacle.of(what, [source for source in reader.all_input_nodes if source in others])
         if is_in_place(reader) or is_region(reader):
             return Obstacle(
                 f"a result is read by {reader.name}, which may expect it to be adjacent in memory",
@@ -318,8 +330,8 @@ def _merge_round(
     with graph.graph.inserting_before(first):
         if "bias" not in joint:
             joint["bias"] = _joint_bias(graph, first, products)
-        rows = {name: joint[name] for name in products[0].traits.rows}
-        merged = graph.call(first.target, {**operands(first), **rows}, like=first)  # type: ignore[arg-type]
+        rows = {name: joint[name] for name in products[0].traits.rows if name in joint}
+        merged = graph.call(first.target, {**given_operands(first), **rows}, like=first)  # type: ignore[arg-type]
         view = Annotations(merged)
         view.members = [member.to_json() for member in views]
         view.fqn, view.readers = _joint_name([member.fqn or "" for member in views]), None

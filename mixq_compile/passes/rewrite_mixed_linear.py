@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mixq_compile.errors import PipelineError
+from mixq_compile.formats import TensorFormat
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
 from mixq_compile.ops.operands import operand, operands
 from mixq_compile.ops.outlier_state import STATE_FIELDS
+from mixq_compile.ops.weight_codes import format_operand, told_by_codes
+from mixq_compile.passes._input_changes import since_calibration
 from mixq_compile.passes._mixed_linear import MixedLinear, write_weight_only
-from mixq_compile.pipeline import Decision, Pass, PassContext
+from mixq_compile.passes._obstacles import Obstacle
+from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.selection.statistics import input_statistics
 
 COMPUTED = "its weight is computed, not a parameter: only parameters can be packed"
-NO_STORE = (
-    "rewrite-mixed-linear packs weights, and this run has no store for them: give PassContext a `weights`."
-)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class RewriteMixedLinear(Pass):
     batch_invariant: bool = False
     """One kernel for every number of rows."""
     kernel: str = "auto"
-    """The provider whose switch point to the weight-only kernel holds."""
+    """The provider whose small_m holds: up to so many rows the weight-only kernel runs."""
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear that has a scheme."""
@@ -48,25 +49,30 @@ class RewriteMixedLinear(Pass):
         for node in self._with_scheme(graph):
             linear = _Quantizable.of(graph, node)
             if linear is None:
-                yield Decision.skipped(node, COMPUTED, fqn=Annotations(node).fqn)
+                blamed = Obstacle(COMPUTED, (operand(node, "weight").name,))
+                yield Decision.skipped(node, COMPUTED, fqn=Annotations(node).fqn, details=blamed.details)
                 Annotations(node).skip = COMPUTED
             else:
                 chosen[node] = linear
-        if chosen and context.weights is None:
-            raise PipelineError(NO_STORE)
-        if chosen:
-            context.weights.prepare([(each.weight, each.scheme) for each in chosen.values()], self.originals)
+        if not chosen:
+            return
+        store = context.store(self)
+        store.prepare([(each.weight, each.scheme) for each in chosen.values()], self.originals)
         for node, linear in chosen.items():
             graph.current = node
             view, scheme = Annotations(node), linear.scheme
             small_m = self._small_m(graph, node, scheme)
             fixed, _ = row_count(graph.value(operand(node, "input")))
-            weight_only = scheme.activation is None or (fixed is not None and fixed <= small_m)
-            kind = "weight-only product" if weight_only else "quantize, mixed_gemm, dequantize"
+            few_rows = fixed is not None and fixed <= small_m
+            activation = None if few_rows else scheme.activation
+            kind = "weight-only product" if activation is None else _steps(scheme)
             yield Decision.applied(node, f"{scheme.name}: {kind}", fqn=view.fqn)
-            rewriter = _Rewriter(graph, context, node, linear, self.originals)
+            rewriter = _Rewriter(graph, store, node, linear, self.originals, context.stats)
             with graph.graph.inserting_before(node):
-                result = rewriter.weight_only() if weight_only else rewriter.mixed(small_m)
+                if activation is None:
+                    result = rewriter.weight_only()
+                else:
+                    result = rewriter.mixed(activation, small_m)
             graph.replace(node, result)
 
     def _with_scheme(self, graph: CapturedGraph) -> list[Node]:
@@ -76,12 +82,18 @@ class RewriteMixedLinear(Pass):
         return [node for node, view in views.items() if view.parameters is not None and view.skip is None]
 
     def _small_m(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> int:
-        if self.batch_invariant or scheme.activation is None:
+        if self.batch_invariant or scheme.activation is None or scheme.recipe.sums:
             return 0
         x, weight = graph.value(operand(node, "input")), graph.value(operand(node, "weight"))
         out_features, in_features = weight.shape
         query = providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
         return providers.small_batch_limit(query, self.kernel)
+
+
+def _steps(scheme: QuantScheme) -> str:
+    quantize = "quantize_affine" if scheme.recipe.sums else "quantize"
+    product = "mixed_gemm, dequantize" if told_by_codes(scheme.weight) else "grouped_linear"
+    return f"{quantize}, {product}" + (", low-rank part" if scheme.low_rank is not None else "")
 
 
 @dataclass(frozen=True)
@@ -108,26 +120,28 @@ class _Rewriter:
     def __init__(
         self,
         graph: CapturedGraph,
-        context: PassContext,
+        store: WeightProvider,
         node: Node,
         linear: _Quantizable,
         originals: bool,
+        stats: Any,
     ) -> None:
         parameter, tensor, scheme = linear.parameter, linear.weight, linear.scheme
-        self.graph, self.context, self.node, self.scheme = graph, context, node, scheme
+        self.graph, self.store, self.node, self.scheme = graph, store, node, scheme
         self.view = Annotations(node)
         given = operands(node)
         self.x, self.weight_matrix, self.bias = given["input"], given["weight"], given["bias"]
         self.tensor = tensor
         self.view.readers = [parameter.name]
-        self.packed = context.weights.pack(
+        self.packed = store.pack(
             tensor,
             scheme,
             dtype=graph.value(self.x).dtype,
             transposed=parameter is not self.weight_matrix,
+            statistics=input_statistics(stats, self.view.fqn or "", scheme, *since_calibration(graph, node)),
         )
         self.stem = graph.parameter_name(parameter)
-        self.originals = originals and not context.weights.is_released(tensor)
+        self.originals = originals and not store.is_released(tensor)
 
     def _attach(self, what: str, tensor: Tensor) -> Node:
         return self.graph.attach(f"{self.stem}.{what}", tensor)
@@ -135,34 +149,30 @@ class _Rewriter:
     def _write(self, operator: Any, named: Mapping[str, Any]) -> Node:
         return self.graph.call(operator, named, like=self.node)
 
-    def _codes(self) -> dict[str, Node | None]:
-        return {
-            "x": self.x,
-            "weight_codes": self._attach("codes", self.packed.weight_codes),
-            "weight_scale": self._attach("scale", self.packed.weight_scale),
-            "bias": self.bias,
+    def _weight(self) -> dict[str, Any]:
+        parts = {
+            name: self._attach(name.removeprefix("weight_"), tensor)
+            for name, tensor in self.packed.named().items()
         }
+        return {"x": self.x, **parts, "bias": self.bias, **format_operand(self.scheme.weight)}
 
     def weight_only(self) -> Node:
-        return write_weight_only(self._codes(), self._write)
+        return write_weight_only(self._weight(), self._write)
 
-    def mixed(self, small_m: int) -> Node:
+    def mixed(self, activation: TensorFormat, small_m: int) -> Node:
         packed, scheme, view = self.packed, self.scheme, self.view
-        assert scheme.activation is not None  # else it is weight-only
         in_features = self.graph.value(self.weight_matrix).shape[1]
-        state = self.context.weights.state(
-            [self.tensor], scheme, in_features, view.outlier_columns, view.absmax
-        )
-        self.context.weights.fill(packed, self.tensor, state)
+        state = self.store.state([self.tensor], scheme, in_features, view.outlier_columns, view.column_max)
+        self.store.fill(packed, self.tensor, state)
         buffers = zip(STATE_FIELDS, state.buffers(), strict=True)
-        given = self._codes()
+        given = self._weight()
         given |= {name: self._attach(name, buffer) for name, buffer in buffers}
         given["cached_index"] = self._attach("cached_index", packed.cached_index)
         given["outlier_weight"] = self._attach("outlier_weight", packed.outlier_weight)
         given["original"] = self._original()
         parts = MixedLinear(
             operands=given,
-            bits=scheme.activation.bits,
+            format=str(activation),
             policy=scheme.to_json()["outliers"],
             columns=view.outlier_columns,
             small_m=small_m,

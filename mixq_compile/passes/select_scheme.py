@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,70 +14,18 @@ from torch.fx import Node
 from mixq_compile.errors import OptionError, ReleasedWeightError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ir.roles import LM_HEAD, OTHER, ROUTER
+from mixq_compile.ir.roles import OTHER
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
 from mixq_compile.ops.operands import operand
+from mixq_compile.passes._obstacles import Obstacle
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.scheme import QuantScheme
-from mixq_compile.schemes.registry import get_scheme
+from mixq_compile.selection.eligibility import FLOATS, ineligible
+from mixq_compile.selection.gain import LARGE_BATCH, gains_by_merging, no_kernel, not_faster
+from mixq_compile.selection.scheme_rules import SchemeRules
 
 EMBEDDINGS = (nn.functional.embedding, torch.ops.aten.embedding.default)
-SMALLEST_FEATURES = 16
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LARGE_BATCH = 256
-"""From this many rows on an integer product can win where it wins at all."""
-NEVER = {
-    LM_HEAD: "the output head stays in 16 or 32 bit",
-    ROUTER: "a router, or a product that no linear module owns",
-}
-"""Roles that are never quantized, and why."""
-
-
-def name_matches(fqn: str, pattern: str) -> bool:
-    """True if the pattern is the name, one of its dotted parts, or a glob that fits it."""
-    return fqn == pattern or pattern in fqn.split(".") or fnmatch.fnmatchcase(fqn, pattern)
-
-
-def ineligible(fqn: str, role: str, weight: Tensor, ignore: Sequence[str]) -> str | None:
-    """Why a linear of this name, role and weight is left alone whatever it would gain; None if it is not."""
-    pattern = next((entry for entry in ignore if name_matches(fqn, entry)), None)
-    if pattern is not None:
-        return f"ignored: its name matches {pattern!r}"
-    if role in NEVER:
-        return NEVER[role]
-    if weight.dtype not in FLOATS:
-        return f"its weight is {weight.dtype}, not a floating-point type that has kernels"
-    if min(weight.shape) < SMALLEST_FEATURES:
-        return f"too small: {tuple(weight.shape)}, and an integer product needs {SMALLEST_FEATURES} of each"
-    return None
-
-
-def no_kernel(query: providers.KernelQuery) -> str | None:
-    """Why no provider computes a linear of this query's device, dtype and formats; None where one does."""
-    chosen, refused = providers.rejections(query)
-    if chosen is not None:
-        return None
-    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-    return f"no kernel on {query.device.type}: {reasons}"
-
-
-def not_faster(query: providers.KernelQuery, rows: Sequence[int], kernel: str = providers.AUTO) -> str | None:
-    """Why a linear would gain at none of these numbers of rows; None where it would, or nothing is known."""
-    if kernel == providers.AUTO:
-        chosen, refused = providers.rejections(query)
-        if chosen is None or chosen.name == "ref":
-            return "no fast kernel: " + "; ".join(f"{name}: {why}" for name, why in refused.items())
-    else:
-        chosen = providers.supporting(query, kernel)
-    if chosen.speedup is None:
-        return None
-    speedups = {count: chosen.speedup(query, count) for count in rows}
-    known = {count: ratio for count, ratio in speedups.items() if ratio is not None}
-    if not known or max(known.values()) >= 1.0:
-        return None
-    figures = ", ".join(f"{ratio:.2f}x at {count} rows" for count, ratio in known.items())
-    return f"not faster with {chosen.name}: {figures}"
 
 
 @dataclass(frozen=True)
@@ -105,35 +52,33 @@ class SelectScheme(Pass):
     """Quantize every eligible linear, even where it is not faster."""
     kernel: str = "auto"
     """The provider whose speed and support decide."""
-    together: bool = True
-    """Judge linears that read one value as one product, where the provider gains by merging them."""
+    merge_siblings: Literal["auto", "always", "never"] = "auto"
+    """Judge linears that read one value as one product: where the provider gains by it; always; or never."""
 
     def scheme_for(self, fqn: str, role: str) -> QuantScheme:
         """The scheme of a linear of this name and role, with this pass's outlier options applied.
 
         Raises OptionError for an entry of `layers` that is not `pattern=scheme`.
         """
-        chosen = self.default
+        return self._rules().scheme_for(fqn, role)
+
+    def _rules(self) -> SchemeRules:
+        pairs = []
         for entry in self.layers:
             pattern, equals, scheme = entry.rpartition("=")
             if not equals:
                 raise OptionError(
                     f"layers takes pattern=scheme, for example '*.down_proj=w8a8', not {entry!r}."
                 )
-            if name_matches(fqn, pattern):
-                chosen = scheme
-                break
-        found = get_scheme(chosen)
-        instead = dict(found.instead).get(role)
-        if instead is not None:
-            found = get_scheme(instead)
-        changes = {"threshold": self.threshold, "capacity": self.capacity, "miss": self.miss}
-        return found.with_outliers(**{name: value for name, value in changes.items() if value is not None})
+            pairs.append((pattern, scheme))
+        return SchemeRules(self.default, tuple(pairs), self.threshold, self.capacity, self.miss)
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear."""
-        embedded = _embedding_weights(graph)
-        siblings = self._siblings(graph, embedded) if self.together and not self.force else {}
+        embedded = _embeddings(graph)
+        siblings = (
+            self._siblings(graph, embedded) if self.merge_siblings != "never" and not self.force else {}
+        )
         for node in graph.walk(torch.ops.aten.linear.default):
             view = Annotations(node)
             fqn = view.fqn or ""
@@ -142,9 +87,8 @@ class SelectScheme(Pass):
             released = (
                 weight is not None and context.weights is not None and context.weights.is_released(weight)
             )
-            reason = self._ineligible(graph, node, weight, embedded)
-            if reason is None:
-                reason = self._no_kernel(graph, node, scheme)
+            obstacle = self._ineligible(graph, node, weight, embedded)
+            reason = obstacle.reason if obstacle is not None else self._no_kernel(graph, node, scheme)
             if reason is None and not self.force and not released:
                 reason = self._not_faster(graph, node, scheme, siblings.get(node, [node]))
             if reason is not None and released:
@@ -153,35 +97,35 @@ class SelectScheme(Pass):
                     "options={'release_weights': True}. Load the model again, or compile it as before."
                 )
             if reason is not None:
-                yield Decision.skipped(node, reason, fqn=fqn)
+                yield Decision.skipped(node, reason, fqn=fqn, details=obstacle.details if obstacle else None)
                 view.skip = reason
                 continue
             yield Decision.applied(node, f"scheme {scheme.name}", fqn=fqn)
             view.scheme, view.parameters = scheme.name, scheme.to_json()
 
     def _ineligible(
-        self, graph: CapturedGraph, node: Node, weight: Tensor | None, embedded: set[int]
-    ) -> str | None:
+        self, graph: CapturedGraph, node: Node, weight: Tensor | None, embedded: Mapping[int, list[str]]
+    ) -> Obstacle | None:
+        """Why a linear stays as it is whatever it would gain; None where it need not."""
         view = Annotations(node)
         if view.skip is not None:
-            return view.skip
+            return Obstacle(view.skip)
         if weight is None:
-            return "its weight is computed, not a parameter"
+            return Obstacle("its weight is computed, not a parameter", (operand(node, "weight").name,))
         reason = ineligible(view.fqn or "", view.role or OTHER, weight, self.ignore)
         if reason is None and id(weight) in embedded:
-            reason = "its weight is tied to an embedding"
+            return Obstacle("its weight is tied to an embedding", tuple(embedded[id(weight)]))
         x = graph.value(operand(node, "input"))
         if reason is None and x.dtype not in FLOATS:
             reason = f"its input is {x.dtype}, not a floating-point type that has kernels"
-        return reason
+        return Obstacle(reason) if reason is not None else None
 
     def _no_kernel(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> str | None:
         out_features, in_features = graph.value(operand(node, "weight")).shape
         x = graph.value(operand(node, "input"))
-        query = providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
-        return no_kernel(query)
+        return no_kernel(x, out_features, in_features, scheme)
 
-    def _siblings(self, graph: CapturedGraph, embedded: set[int]) -> dict[Node, list[Node]]:
+    def _siblings(self, graph: CapturedGraph, embedded: Mapping[int, list[str]]) -> dict[Node, list[Node]]:
         """For each eligible linear those, itself among them, that read its value with its scheme."""
         found: dict[tuple[Node, QuantScheme], list[Node]] = defaultdict(list)
         for node in graph.walk(torch.ops.aten.linear.default):
@@ -205,21 +149,15 @@ class SelectScheme(Pass):
             return providers.linear_query(x, out_features, in_features, scheme.weight, scheme.activation)
 
         alone = query_of([node])
-        return not_faster(query_of(siblings) if _merges(alone, self.kernel) else alone, rows, self.kernel)
+        merged = self.merge_siblings == "always" or gains_by_merging(alone, self.kernel)
+        return not_faster(query_of(siblings) if merged else alone, rows, self.kernel)
 
 
-def _merges(query: providers.KernelQuery, kernel: str) -> bool:
-    """True where the provider that would run a linear gains by one product for several."""
-    chosen = providers.rejections(query)[0] if kernel == providers.AUTO else providers.named(query.op, kernel)
-    return chosen is not None and chosen.merges is not None and chosen.merges(query) is True
-
-
-def _embedding_weights(graph: CapturedGraph) -> set[int]:
-    """ids of the parameters that an embedding reads."""
-    return {
-        id(tensor)
-        for node in graph.graph.nodes
-        if node.target in EMBEDDINGS
-        for source in node.all_input_nodes
-        if (tensor := graph.tensor(source)) is not None
-    }
+def _embeddings(graph: CapturedGraph) -> dict[int, list[str]]:
+    """Names of the nodes that look up rows of a parameter, by its id."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for node in graph.walk(*EMBEDDINGS):
+        for source in node.all_input_nodes:
+            if (tensor := graph.tensor(source)) is not None:
+                found[id(tensor)].append(node.name)
+    return found

@@ -22,35 +22,41 @@ from mixq_compile.ops.operands import (
     set_operands,
 )
 from mixq_compile.ops.traits import traits_of
-from mixq_compile.passes._obstacles import written_between
-from mixq_compile.pipeline import Decision, Pass, PassContext
+from mixq_compile.passes._obstacles import UNLIKE, Obstacle, written_between
+from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
 from mixq_compile.scheme import QuantScheme
 
 mixq = torch.ops.mixq
-SWITCH_POINT = "small_m"
+SMALL_M = "small_m"
 """The operand that readers need not have in common: the smallest one serves all."""
 
 
 def _policy_key(node: Node) -> str:
     """What must be equal for two quantizations of one value to be the same."""
     view = Annotations(node)
-    given = {name: value for name, value in operands(node).items() if name != SWITCH_POINT}
+    traits = traits_of(node.target)
+    own = {SMALL_M, *(traits.state if traits is not None else ())}
+    given = {name: value for name, value in operands(node).items() if name not in own}
     return json.dumps(
         {
             "operator": str(node.target),
-            "operands": {name: value for name, value in given.items() if not isinstance(value, Node)},
+            "operands": {
+                name: str(value) if isinstance(value, Node) else value for name, value in given.items()
+            },
             "policy": view.policy,
             "columns": view.outlier_columns,
         }
     )
 
 
-def _take_smaller_switch_point(first: Node, other: Node) -> None:
+def _take_smaller_small_m(first: Node, other: Node) -> None:
     """Lets both quantize from the fewer rows on: one of them would be left without codes otherwise."""
-    smaller = min(operand(first, SWITCH_POINT), operand(other, SWITCH_POINT))
+    if SMALL_M not in operands(first):
+        return
+    smaller = min(operand(first, SMALL_M), operand(other, SMALL_M))
     for node in (first, _refresh_of(first)):
         if node is not None:
-            set_operands(node, **{SWITCH_POINT: smaller})
+            set_operands(node, **{SMALL_M: smaller})
 
 
 def _quantizations(graph: CapturedGraph) -> dict[Node, list[Node]]:
@@ -77,6 +83,13 @@ def _refresh_of(node: Node) -> Node | None:
     return next((user for user in readers if user.target is mixq.refresh_outlier_weights.default), None)
 
 
+def _computed_state(graph: CapturedGraph, *nodes: Node) -> Obstacle | None:
+    """The obstacle that a state is no buffer, which could be joined with another's; None where all are."""
+    buffers = [buffer for node in nodes for buffer in _state_of(node).values()]
+    computed = [buffer for buffer in buffers if graph.tensor(buffer) is None]
+    return Obstacle.of("an outlier state is computed, not a buffer", computed) if computed else None
+
+
 @dataclass(frozen=True)
 class ShareQuantize(Pass):
     """Merges quantizations of one value: n readers, one quantize node."""
@@ -92,30 +105,35 @@ class ShareQuantize(Pass):
             for node in nodes:
                 groups[_policy_key(node)].append(node)
             if len(groups) > 1:
-                for members in groups.values():
-                    reason = "reads a value that others quantize with another scheme, policy or columns"
-                    yield Decision.skipped(members[0], reason, fqn=Annotations(members[0]).fqn)
+                for node, *_ in groups.values():
+                    others = [members[0] for members in groups.values() if members[0] is not node]
+                    found = Obstacle.of(f"reads a value that others quantize {UNLIKE}", others)
+                    fqn = Annotations(node).fqn
+                    yield Decision.skipped(node, found.reason, fqn=fqn, details=found.details)
             for first, *others in groups.values():
                 for other in others:
                     fqn = Annotations(other).fqn
-                    obstacle = written_between(value, first, other, "the two")
+                    obstacle = written_between(value, first, other, "the two") or _computed_state(
+                        graph, first, other
+                    )
                     if obstacle is not None:
                         yield Decision.skipped(other, obstacle.reason, fqn=fqn, details=obstacle.details)
                         continue
+                    store = context.store(self)
                     reason = f"shares the quantization of {Annotations(first).fqn}"
                     yield Decision.applied(other, reason, fqn=fqn)
-                    self._merge(graph, context, sources, first, other)
+                    self._merge(graph, store, sources, first, other)
 
     def _merge(
         self,
         graph: CapturedGraph,
-        context: PassContext,
+        store: WeightProvider,
         sources: Mapping[str, Node],
         first: Node,
         other: Node,
     ) -> None:
-        self._join_states(graph, context, sources, first, other)
-        _take_smaller_switch_point(first, other)
+        self._join_states(graph, store, sources, first, other)
+        _take_smaller_small_m(first, other)
         kept_refresh, other_refresh = _refresh_of(first), _refresh_of(other)
         if kept_refresh is not None and other_refresh is not None:
             self._join_refreshes(graph, kept_refresh, other_refresh)
@@ -130,7 +148,7 @@ class ShareQuantize(Pass):
     def _join_states(
         self,
         graph: CapturedGraph,
-        context: PassContext,
+        store: WeightProvider,
         sources: Mapping[str, Node],
         first: Node,
         other: Node,
@@ -141,11 +159,12 @@ class ShareQuantize(Pass):
         joined = mine
         if view.readers is not None:
             view.readers = [*view.readers, *(Annotations(other).readers or ())]
-            joined = self._shared_state(graph, context, sources, first)
+            joined = self._shared_state(graph, store, sources, first)
         else:
             for name, node in mine.items():
-                if node is not theirs[name]:
-                    context.weights.bind(graph.tensor(node), graph.tensor(theirs[name]))
+                kept, bound = graph.tensor(node), graph.tensor(theirs[name])
+                if kept is not None and bound is not None and kept is not bound:
+                    store.bind(kept, bound)
         for before in (mine, theirs):
             for name, old in before.items():
                 if old is not joined[name]:
@@ -154,7 +173,7 @@ class ShareQuantize(Pass):
     def _shared_state(
         self,
         graph: CapturedGraph,
-        context: PassContext,
+        store: WeightProvider,
         sources: Mapping[str, Node],
         first: Node,
     ) -> dict[str, Node]:
@@ -164,13 +183,14 @@ class ShareQuantize(Pass):
         """
         view = Annotations(first)
         weights = [sources[name] for name in view.readers or ()]
-        state = context.weights.state(
-            [graph.tensor(node) for node in weights],
+        tensors = [tensor for node in weights if (tensor := graph.tensor(node)) is not None]
+        state = store.state(
+            tensors,
             QuantScheme.from_json(view.parameters or {}),
             # K of the state, because x's own is symbolic where every size of x is.
             graph.value(operand(first, "column_slot")).shape[0],
             view.outlier_columns,
-            view.absmax,
+            view.column_max,
         )
         stem = graph.parameter_name(weights[0])
         return {

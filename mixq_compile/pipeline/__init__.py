@@ -1,5 +1,6 @@
 """Passes, and the pipelines that run them: parse, check, run, record."""
 
+from mixq_compile.pipeline.facts import Fact, fact
 from mixq_compile.pipeline.failures import PassError, PassVerificationError
 from mixq_compile.pipeline.history import History, PassRecord
 from mixq_compile.pipeline.passes import Decision, Fuel, Pass, PassContext, WeightProvider
@@ -8,6 +9,7 @@ from mixq_compile.pipeline.registry import PassRegistry, get_pass, pass_names, p
 
 __all__ = [
     "Decision",
+    "Fact",
     "Fuel",
     "History",
     "Pass",
@@ -18,6 +20,7 @@ __all__ = [
     "PassVerificationError",
     "Pipeline",
     "WeightProvider",
+    "fact",
     "get_pass",
     "pass_names",
     "pipeline_names",

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 from torch.fx import Node
 
+from mixq_compile.errors import PipelineError
 from mixq_compile.ir.annotations import Annotations, as_json
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.names import location, module_fqn
@@ -95,8 +96,16 @@ class WeightProvider(Protocol):
     def prepare(self, weights: Sequence[tuple[Tensor, Any]], keeps_originals: bool) -> None:
         """Checks the memory that packing these parameters takes, before any is packed."""
 
-    def pack(self, weight: Tensor, scheme: Any, dtype: Any, transposed: bool = False) -> Any:
+    def pack(
+        self, weight: Tensor, scheme: Any, dtype: Any, transposed: bool = False, statistics: Any = None
+    ) -> Any:
         """The packed form of a parameter."""
+
+    def derive(self, weight: Tensor, *steps: Any) -> Tensor:
+        """A parameter, or what was derived from one, after more steps; follows when it is written."""
+
+    def choose(self, weights: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gave when it was first asked for by this key and exactly these parameters."""
 
     def state(self, weights: Sequence[Tensor], *arguments: Any, **options: Any) -> Any:
         """The outlier state of the value that exactly these parameters read."""
@@ -117,11 +126,18 @@ class PassContext:
 
     stats: Any = None
     """Calibration statistics, or None."""
-    weights: Any = None
-    """The `WeightProvider`, or None where the pipeline packs nothing."""
-    device: str = "cpu"
-    """The device that kernels are chosen for."""
+    weights: WeightProvider | None = None
+    """None where the pipeline packs nothing."""
     fuel: Fuel = field(default_factory=Fuel)
+
+    def store(self, step: Pass) -> WeightProvider:
+        """The store of packed weights, for a pass that needs it. Raises PipelineError where there is none."""
+        if self.weights is None:
+            raise PipelineError(
+                f"{step.name} needs a store of packed weights and outlier states, and this run has no store "
+                "for them: give PassContext a `weights`."
+            )
+        return self.weights
 
 
 @dataclass(frozen=True)

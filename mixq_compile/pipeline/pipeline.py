@@ -13,11 +13,13 @@ from typing import Any
 
 from mixq_compile.errors import ContractError, OptionError, unknown_name
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.pipeline.facts import declared_facts, undeclared
 from mixq_compile.pipeline.history import History
+from mixq_compile.pipeline.observers import Verification
 from mixq_compile.pipeline.options import format_value
 from mixq_compile.pipeline.passes import Pass, PassContext
 from mixq_compile.pipeline.registry import PassRegistry, default_registry, option_types
-from mixq_compile.pipeline.runner import Verification, run_passes
+from mixq_compile.pipeline.runner import run_passes
 from mixq_compile.pipeline.text import PassText, error_at, parse_text
 
 
@@ -67,11 +69,12 @@ class Pipeline:
     def build(self, established: Iterable[str] = ()) -> Pipeline:
         """Checks every pass's requirements; returns the pipeline itself.
 
-        Raises ContractError that lists all that are not met. `established` are facts that hold before
-        the first pass.
+        Raises ContractError that lists all that are not met, and for a fact that nothing declares.
+        `established` are facts that hold before the first pass.
         """
         problems: list[str] = []
         facts = set(established)
+        self._check_facts_are_declared()
         lost: dict[str, str] = {}
         for index, step in enumerate(self.passes, 1):
             for fact in sorted(step.requires - facts):
@@ -84,6 +87,15 @@ class Pipeline:
                 f"{len(problems)} requirement(s) of this pipeline are not met:\n{listed}\n{self}"
             )
         return self
+
+    def _check_facts_are_declared(self) -> None:
+        """A name without a predicate is a claim that nobody checks, or a misspelt one."""
+        for index, step in enumerate(self.passes, 1):
+            for name in undeclared(step.requires | step.establishes | step.invalidates):
+                raise ContractError(
+                    f"pass {index}, {step.name}: {unknown_name('fact', name, declared_facts())} Declare a "
+                    "fact of your own with `mixq_compile.pipeline.fact`, beside the pass that establishes it."
+                )
 
     def _remedy(self, fact: str, lost: dict[str, str]) -> str:
         if fact in lost:

@@ -1,4 +1,4 @@
-"""Runs passes over a graph: times, pays fuel, verifies and records, so that no pass has to."""
+"""Runs passes over a graph: times them, pays their fuel and shows the graph to observers behind each."""
 
 from __future__ import annotations
 
@@ -6,24 +6,15 @@ import contextlib
 import gc
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
-from typing import Literal
 
 from torch.fx import Node
 
-from mixq_compile.errors import unknown_name
-from mixq_compile.ir.annotations import Annotations
-from mixq_compile.ir.changes import Changes, Fingerprint
-from mixq_compile.ir.diff import GraphDiff
+from mixq_compile.ir.changes import Fingerprint
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.ir.snapshot import Snapshot
-from mixq_compile.ir.verify import Violation, verify
 from mixq_compile.pipeline.failures import pass_failure, verification_failure
 from mixq_compile.pipeline.history import History, PassRecord
+from mixq_compile.pipeline.observers import Ran, Verification, observers_for
 from mixq_compile.pipeline.passes import Decision, Pass, PassContext
-
-Verification = Literal["incremental", "full", "off"]
-VERIFICATIONS = ("incremental", "full", "off")
 
 
 def run_passes(
@@ -35,41 +26,22 @@ def run_passes(
     snapshots: bool,
 ) -> History:
     """Runs the passes in order. Raises PassError where one fails, PassVerificationError where one errs."""
-    if verification not in VERIFICATIONS:
-        raise unknown_name("verification", verification, VERIFICATIONS)
+    observers = observers_for(verification, snapshots)
+    history = History(text, None)
     with _collector_paused():
-        return _run_all(passes, text, graph, context, verification, snapshots)
-
-
-def _run_all(
-    passes: Sequence[Pass],
-    text: str,
-    graph: CapturedGraph,
-    context: PassContext,
-    verification: Verification,
-    snapshots: bool,
-) -> History:
-    current = Snapshot.of(graph) if snapshots else None
-    history = History(text, current)
-    known = frozenset(verify(graph)) if verification == "full" else frozenset()
-    fingerprint = Fingerprint(graph)
-    for index, step in enumerate(passes, 1):
-        record = _run_pass(index, step, graph, context, history)
-        changes = fingerprint.changes(graph)
-        _stamp_origin(step, changes)
-        fingerprint.accept(graph, changes.created)
-        if current is not None and changes:
-            after = current.updated(graph, {*changes.created, *changes.changed})
-            record = replace(record, diff=GraphDiff.between(current, after))
-            current = after
-        elif current is not None:
-            record = replace(record, diff=GraphDiff())
-        violations = _verify(graph, changes, verification, known)
-        record = replace(record, violations=tuple(violations))
-        history.records.append(record)
-        if violations:
-            raise verification_failure(graph, violations, record, history)
-    graph.module.recompile()
+        for observer in observers:
+            observer.before(graph, history)
+        fingerprint = Fingerprint(graph)
+        for index, step in enumerate(passes, 1):
+            record = _run_pass(index, step, graph, context, history)
+            ran = Ran(graph, step, fingerprint.changes(graph))
+            for observer in observers:
+                record = observer.behind(ran, record)
+            fingerprint.accept(graph, ran.changes.created)  # observers may annotate what is new
+            history.records.append(record)
+            if record.violations:
+                raise verification_failure(graph, record.violations, record, history)
+        graph.module.recompile()
     return history
 
 
@@ -128,20 +100,3 @@ def _node_in_hand(graph: CapturedGraph, decisions: Sequence[Decision]) -> Node |
 
 def _milliseconds_since(started: float) -> float:
     return (time.perf_counter() - started) * 1000
-
-
-def _stamp_origin(step: Pass, changes: Changes) -> None:
-    for node in changes.created:
-        origin = Annotations(node).origin or []
-        if not origin or origin[-1] != step.name:
-            Annotations(node).origin = [*origin, step.name]
-
-
-def _verify(
-    graph: CapturedGraph, changes: Changes, verification: Verification, known: frozenset[Violation]
-) -> list[Violation]:
-    """What the pass broke; findings in the graph as it was captured are not its doing."""
-    if verification == "off" or not changes:
-        return []
-    nodes = None if verification == "full" else changes.touched()
-    return [violation for violation in verify(graph, nodes) if violation not in known]

@@ -79,7 +79,9 @@ def _release(compiled: CompiledGraph, linears: Sequence[LinearRecord]) -> None:
     weights = {
         id(weight): (weight, linear.fqn)
         for linear in linears
-        if linear.weight is not None and (weight := linear.weight()) is not None and STORE.codes(weight)
+        if linear.weight is not None
+        and (weight := linear.weight()) is not None
+        and STORE.packed_bytes(weight)
     }
     packed = [weight for key, (weight, _) in weights.items() if key in unread]
     outcome = release(packed, [weight for key, (weight, _) in weights.items() if key not in unread])

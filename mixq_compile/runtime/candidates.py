@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from mixq_compile import ops  # noqa: F401  # defines torch.ops.mixq, which the program may call
 from mixq_compile.errors import MixqError, OptionError
+from mixq_compile.ir.effects import written_nodes
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline import History, PassContext, PassError, Pipeline
 from mixq_compile.runtime.export import dynamic_shapes_of
@@ -65,7 +67,7 @@ class Candidate:
 def rewrite(program: ExportedProgram, pipeline: Pipeline, context: PassContext) -> Candidate:
     """Runs a pipeline over a new graph of a program; that a pass fails is a result too."""
     graph = CapturedGraph.from_export(program)
-    _own_buffers(graph.module)
+    _own_state(graph.module)
     try:
         history = pipeline.run(graph, context)
     except PassError as error:
@@ -78,16 +80,23 @@ def unrewritten(program: ExportedProgram) -> Candidate:
     return rewrite(program, Pipeline(()), PassContext())
 
 
-def _own_buffers(module: nn.Module) -> None:
-    """Gives a module copies of its buffers; those that shared memory still do.
+def _own_state(module: GraphModule) -> None:
+    """Gives a module copies of its buffers and of what its calls write; those that shared memory still do.
 
     Quantized modules keep in them which outlier columns they have seen, and a candidate's run must not
     change what the next one computes.
     """
-    copies = copy.deepcopy(dict(module.named_buffers(remove_duplicate=False)))
-    for name, buffer in copies.items():
+    written = {
+        str(node.target)
+        for call in module.graph.nodes
+        for node in written_nodes(call)
+        if node.op == "get_attr"
+    }
+    held = dict(module.named_buffers(remove_duplicate=False))
+    held |= {name: each for name, each in module.named_parameters(remove_duplicate=False) if name in written}
+    for name, tensor in copy.deepcopy(held).items():
         owner, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(owner), attribute, buffer)
+        setattr(module.get_submodule(owner), attribute, tensor)
 
 
 def _floating_tensors(value: Any) -> Iterator[Tensor]:

@@ -38,10 +38,15 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without second names of tied weights."""
     kept: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, MixqLinear)
+        for name in module._parameters
+    }
     for name, tensor in model.state_dict().items():
         identity = (tensor.data_ptr(), tuple(tensor.shape))
-        if name in parameters and tensor.numel() and identity in seen:
+        if name in tied and tensor.numel() and identity in seen:
             continue
         seen.add(identity)
         kept[_plain(name)] = tensor.detach().cpu().contiguous().clone()

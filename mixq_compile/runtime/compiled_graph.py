@@ -20,8 +20,10 @@ from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.state_access import LEARNING, state_access
 from mixq_compile.runtime import torch_compat
+from mixq_compile.runtime.derived_weights import DerivedWeight
 from mixq_compile.runtime.options import MixqOptions
-from mixq_compile.runtime.weight_store import STORE, WeightCodes
+from mixq_compile.runtime.stored_weight import StoredWeight
+from mixq_compile.runtime.weight_store import STORE
 from mixq_compile.runtime.weight_watch import WeightWatch
 
 
@@ -69,14 +71,14 @@ class CompiledGraph:
         self.dropped = tuple(tensor for node in unread if (tensor := graph.tensor(node)) is not None)
         """The parameters and buffers that the lowered graph does not read."""
         self._kept = [place for place, node in enumerate(placeholders) if node not in unread]
-        self._packed: list[tuple[int, list[WeightCodes]]] = []
-        watched: list[tuple[int, Tensor, WeightCodes]] = []
+        self._packed: list[tuple[int, list[StoredWeight | DerivedWeight]]] = []
+        watched: list[tuple[int, Tensor, StoredWeight | DerivedWeight]] = []
         self._trainable: list[int] = []
         self._activations: list[tuple[int, str]] = []
         for place, (node, tensor) in enumerate(zip(placeholders, owned, strict=True)):
             if tensor is not None:
                 self._trainable.append(place)
-                if codes := STORE.codes(tensor):
+                if codes := STORE.followers(tensor):
                     self._packed.append((place, codes))
                     if has_data(tensor) and not STORE.is_released(tensor):
                         watched.append((place, tensor, codes[-1]))
@@ -91,6 +93,8 @@ class CompiledGraph:
         self.watch = WeightWatch(watched)
         """Looks for writes to the packed weights that torch does not count."""
         self._accesses = _accesses(graph)
+        # A weak reference to a tensor may end while only C++ code holds it, as compiled code does.
+        self._attached = tuple(graph.attached.values())
         module = copy_graph_module(graph.module, unread)
         torch_compat.register_attribute_sources(module, list(graph.attached))
         with torch.no_grad():

@@ -43,7 +43,7 @@ class GraphInstances:
             place
             for place, tensor, readers in owned
             if isinstance(tensor, nn.Parameter)
-            or STORE.codes(tensor)
+            or STORE.followers(tensor)
             or any(reader.target is torch.ops.mixq.linear.default for reader in readers)
         ]
         self._instances: list[tuple[list[weakref.ref[Tensor]], CompiledGraph]] = []

@@ -61,10 +61,11 @@ def _weight_of(graph: CapturedGraph, node: Node) -> Any:
 
 def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[int, int]:
     """Outputs and inputs of a linear."""
-    codes = STORE.codes(weight) if weight is not None else []
+    forms = STORE.forms(weight) if weight is not None else []
+    codes = [codes for form in forms for codes in STORE.codes(form)]
     if weight is not None and codes:
         rows, columns = weight.shape
-        return (columns, rows) if codes[0].transposed else (rows, columns)
+        return (columns, rows) if codes[0].key.transposed else (rows, columns)
     if weight is not None and node.target is not aten.linear.default:
         return hint_of(weight.shape[-2]) or 0, hint_of(weight.shape[-1]) or 0
     values = (graph.value(_weight_of(graph, node)), graph.value(node))
@@ -87,10 +88,11 @@ def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
     for node in graph.graph.nodes:
         view = Annotations(node)
         for member in _members(node):
-            weight = graph.tensor(nodes[member["readers"][0]])
+            weight = graph.tensor(nodes[member.get("parameter") or member["readers"][0]])
             found.append(_record(graph, node, member, weight, view.kernel))
         if node.target is aten.linear.default:
             weight = graph.tensor(graph.weight_parameter(_weight_of(graph, node)))
+            weight = STORE.derived.parameter(weight) if weight is not None else None
             found.append(_record(graph, node, view.to_json(), weight, view.kernel))
         elif view.skip is not None:
             found.append(_record(graph, node, view.to_json(), None, view.kernel))

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixq_compile.errors import MixqError
 from mixq_compile.ir.free_memory import free_bytes
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.weights import recipe as recipes
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,7 @@ REMEDIES = (
 def check(weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) -> None:
     """Says what packing these weights keeps in memory; raises MixqError where it does not fit."""
     held = sum(weight.nbytes for weight, _ in weights)
-    # A transposed weight has as many codes, and the scales of its columns are few beside them.
-    needed = sum(scheme.weight.nbytes(*weight.shape) for weight, scheme in weights)
+    needed = sum(packed_bytes(weight, scheme) for weight, scheme in weights)
     device = weights[0][0].device
     available = free_bytes(device)
     if available is not None and needed > available * (1 - RESERVE):
@@ -44,3 +44,13 @@ def check(weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) 
             "memory. %s.",
             held / 2**30, needed / 2**30, 1 + needed / held, REMEDIES,
         )  # fmt: skip
+
+
+def packed_bytes(weight: Tensor, scheme: QuantScheme) -> int:
+    """Bytes of what packing a weight `[N, K]` keeps.
+
+    Of a weight `[K, N]` the codes are as many; scales and outlier columns, few beside them, about as many.
+    """
+    out_features, in_features = weight.shape
+    slots = scheme.outliers.capacity_for(in_features) if scheme.outliers is not None else 0
+    return recipes.packed_bytes(scheme.recipe, out_features, in_features, weight.dtype, slots)

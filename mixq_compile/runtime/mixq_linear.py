@@ -12,19 +12,22 @@ from mixq_compile import ops
 from mixq_compile.errors import OperandError
 from mixq_compile.ir.nested_rows import map_nested_rows
 from mixq_compile.ir.without_data import has_data
-from mixq_compile.ops.linear import policy_text
+from mixq_compile.ops.linear_recipe import CACHE_FIELDS, ORIGINAL, LinearRecipe
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
-from mixq_compile.ops.weight_codes import aligned_empty, codes_dtype, dequantize_weight, quantize_weight
+from mixq_compile.ops.weight_codes import aligned
 from mixq_compile.runtime.freed_weight import FreedWeight, freed_error
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.weights import recipe as recipes
+from mixq_compile.weights.quantized_weight import QuantizedWeight
+from mixq_compile.weights.recipe import InputStatistics
 
 TRIPWIRE = "weight"
 """In every saved state of a MixqLinear: NaN of shape [1] under the name of the 16-bit weight.
 
 Whoever loads the state into an ordinary model meets a wrong shape, in place of a linear that stays random.
 """
-FP32_BUFFERS = ("weight_scale", "column_max", "effective_threshold")
-"""Buffers that stay fp32 when the module is cast to another dtype."""
+STAYS_FP32 = ("weight_scale", "column_max", "effective_threshold")
+"""What stays fp32 when the module is cast to another dtype."""
 ASSIGNED = "a weight was assigned, which the codes would not follow"
 
 
@@ -32,7 +35,8 @@ class MixqLinear(nn.Module):
     """A quantized linear `[..., K] -> [..., N]`, in eager mode as in compiled graphs.
 
     Its 16-bit weight is gone; `weight` has its shape, dtype and device for code that reads those, and
-    raises ReleasedWeightError for code that would compute with it.
+    raises ReleasedWeightError for code that would compute with it. The parts of its quantized weight are
+    parameters, so that what shards or offloads parameters finds them; the outlier state is in buffers.
     """
 
     weight_codes: Tensor
@@ -67,16 +71,20 @@ class MixqLinear(nn.Module):
         self.batch_invariant = batch_invariant
         self.calibrated: tuple[tuple[int, float], ...] = ()
         policy = scheme.outliers
-        self.policy = policy_text(policy)
+        self.recipe = LinearRecipe.of(scheme, batch_invariant)
+        # Kept, because Dynamo would trace their making in every call.
+        self._recipe_text, self._weight_operands = str(self.recipe), self.recipe.weight_operands
         capacity = policy.capacity_for(in_features) if policy else 0
-        _, row_bytes = scheme.weight.codes_shape(out_features, in_features)
-        self.register_buffer(
-            "weight_codes",
-            aligned_empty(
-                (out_features,), row_bytes, codes_dtype(scheme.weight), torch.device(device)
-            ).zero_(),
-        )
-        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        # First, because a model's dtype is asked of its first floating-point parameter.
+        self._hold("outlier_weight", torch.zeros(out_features, capacity, dtype=dtype, device=device))
+        if bias:
+            self._hold("bias", torch.zeros(out_features, dtype=dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+        for name, tensor in (
+            recipes.empty(scheme.recipe, out_features, in_features, dtype, device).named().items()
+        ):
+            self._hold(name, tensor.zero_() if name != "weight_scale" else tensor.fill_(1))
         state = OutlierState.create(
             in_features, capacity, policy.threshold if policy else float("inf"), device
         )
@@ -86,20 +94,14 @@ class MixqLinear(nn.Module):
             "cached_index",
             torch.full((capacity,), -1, dtype=torch.int32, device=device),
         )
-        self.register_buffer(
-            "outlier_weight", torch.zeros(out_features, capacity, dtype=dtype, device=device)
-        )
         self.register_buffer("outlier_source", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.register_buffer(
             "weight_marker", torch.full((), torch.nan, dtype=dtype, device=device), persistent=False
         )
-        if bias:
-            self.bias: nn.Parameter | None = nn.Parameter(
-                torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False
-            )
-        else:
-            self.register_parameter("bias", None)
         self._place_weight("")
+
+    def _hold(self, name: str, tensor: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @classmethod
     def from_linear(
@@ -111,11 +113,13 @@ class MixqLinear(nn.Module):
         column_max: Sequence[float] | None = None,
         batch_invariant: bool = False,
         keep_original: bool = False,
+        statistics: InputStatistics | None = None,
     ) -> MixqLinear:
         """Quantizes a trained `nn.Linear` or `Conv1D` (whose weight is [K, N]).
 
         `columns` are calibrated outlier columns; their 16-bit weights are kept. `keep_original` keeps
         the whole 16-bit weight as the source of columns found later (twice the memory, smaller error).
+        `statistics` are those that the scheme's weights are made with, where it needs any.
         """
         parameter: Tensor = linear.weight  # type: ignore[assignment]
         weight = parameter.detach() if isinstance(linear, nn.Linear) else parameter.detach().t()
@@ -125,7 +129,9 @@ class MixqLinear(nn.Module):
             in_features, out_features, scheme,
             bias=bias is not None, dtype=weight.dtype, device=weight.device, batch_invariant=batch_invariant,
         )  # fmt: skip
-        module.weight_codes, module.weight_scale = quantize_weight(weight, scheme.recipe)
+        made = recipes.make(scheme.recipe, weight, weight.dtype, statistics.tensors if statistics else None)
+        for name, tensor in made.named().items():
+            module.get_parameter(name).data = tensor
         if bias is not None and module.bias is not None:
             module.bias.data = bias.detach().clone()
         if keep_original:
@@ -184,6 +190,12 @@ class MixqLinear(nn.Module):
     def fqn(self, name: str) -> None:
         self._freed_weight.fqn = name
 
+    def _align(self) -> None:
+        # A copy packs rows densely, where fast kernels want each to begin at a multiple of 16 bytes.
+        codes = self.weight_codes.data
+        if has_data(codes) and (rows := aligned(codes)) is not codes:
+            self.weight_codes.data = rows
+
     def _place_weight(self, fqn: str) -> None:
         # Kept, not made where it is read: Dynamo cannot trace its making.
         marker = self.weight_marker
@@ -193,16 +205,19 @@ class MixqLinear(nn.Module):
 
     def dequantized_weight(self) -> Tensor:
         """The fp32 weight `[N, K]` that the codes stand for."""
-        return dequantize_weight(self.weight_codes, self.weight_scale, self.in_features)
+        named: dict[str, Tensor] = {name: getattr(self, name) for name in self.scheme.recipe.operands}
+        return QuantizedWeight.from_named(named).dequantized(self.scheme.weight, self.in_features)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, outlier weights and state."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        held = [*self.buffers(), *(each for name, each in self.named_parameters() if name != "bias")]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, row_mask: Tensor | None = None) -> Tensor:
         """The quantized linear, learning outlier columns as the scheme's policy says.
 
+        `row_mask`, bool of x's leading dimensions, is False for rows that pad a batch: they teach nothing.
         Raises OperandError where x does not have `in_features` columns.
         """
         if x.is_nested:
@@ -214,13 +229,19 @@ class MixqLinear(nn.Module):
                 f"{self.in_features}."
             )
         return ops.linear(  # type: ignore[no-any-return]
-            x, self.weight_codes, self.weight_scale, self.bias,
-            self.index, self.column_slot, self.column_max, self.counters, self.effective_threshold,
-            self.cached_index, self.outlier_weight, self.outlier_source,
-            self.scheme.activation.bits if self.scheme.activation else 16,
-            self.batch_invariant,
-            self.policy,
-        )  # fmt: skip
+            x=x,
+            bias=self.bias,
+            weight=[self._part(name) for name in self._weight_operands],
+            state=[getattr(self, name) for name in STATE_FIELDS],
+            cache=[getattr(self, name) for name in CACHE_FIELDS],
+            row_mask=row_mask,
+            recipe=self._recipe_text,
+        )
+
+    def _part(self, operand: str) -> Tensor:
+        """What the operator calls by this name; the kept 16-bit weight has another one here."""
+        found: Tensor = self.outlier_source if operand == ORIGINAL else getattr(self, operand)
+        return found
 
     def extra_repr(self) -> str:
         """Shape and scheme, for printing."""
@@ -265,6 +286,7 @@ class MixqLinear(nn.Module):
         state.let_go()
         if self.held:
             state.hold()
+        self._align()
         if prefix + TRIPWIRE in unexpected_keys:
             unexpected_keys.remove(prefix + TRIPWIRE)
 
@@ -275,11 +297,12 @@ class MixqLinear(nn.Module):
             self.outlier_state().let_go_if_copied()
             if not self.outlier_state().held:
                 self.held = False
+        self._align()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
         # A cast of the model's dtype must not touch scales, codes and state: they only change device. Each
         # is replaced once it is right, so that a move that fails midway leaves a module that still is.
-        kept = {id(self._buffers[name]) for name in FP32_BUFFERS}
+        kept = {id(getattr(self, name)) for name in STAYS_FP32}
 
         def moved(tensor: Tensor) -> Tensor:
             if id(tensor) not in kept and tensor.is_floating_point():
@@ -293,6 +316,7 @@ class MixqLinear(nn.Module):
             return result.view(tensor.dtype)
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self._align()
         self.weight_marker = torch.full_like(self.weight_marker, torch.nan)  # `to_empty` leaves any number
         self._place_weight(self.fqn)
         return self

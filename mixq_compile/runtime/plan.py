@@ -27,7 +27,7 @@ def _pass_options(options: MixqOptions) -> dict[str, dict[str, Any]]:
             "miss": options.miss,
             "force": options.force,
             "kernel": options.kernel,
-            "together": options.merge_siblings != "never",
+            "merge_siblings": options.merge_siblings,
         },
         "annotate-outliers": {"stats": options.stats.sha256()[:_HASH_LENGTH] if options.stats else None},
         "rewrite-mixed-linear": {

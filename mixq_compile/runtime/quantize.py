@@ -13,13 +13,9 @@ from mixq_compile.errors import MixqError, OptionError, ReleasedWeightError
 from mixq_compile.ir.linears import is_conv1d, is_plain_linear
 from mixq_compile.ir.roles import OTHER, role_of
 from mixq_compile.ops import providers
-from mixq_compile.passes.annotate_outliers import calibrated_columns
-from mixq_compile.passes.canonicalize_linear import GROUPED
-from mixq_compile.passes.select_scheme import LARGE_BATCH, SelectScheme, ineligible, no_kernel, not_faster
 from mixq_compile.runtime.compilation import LinearRecord, remember_swap, swapped_linears
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.options import MixqOptions
-from mixq_compile.runtime.plan import pipeline_for
 from mixq_compile.runtime.saving_methods import take_over_saving
 from mixq_compile.runtime.swap_obstacles import (
     holders_outside,
@@ -31,6 +27,11 @@ from mixq_compile.runtime.swap_obstacles import (
 from mixq_compile.runtime.weight_readers import weight_readers
 from mixq_compile.runtime.weight_store import STORE
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.selection.columns import calibrated_columns
+from mixq_compile.selection.eligibility import GROUPED, ineligible
+from mixq_compile.selection.gain import LARGE_BATCH, no_kernel, not_faster
+from mixq_compile.selection.scheme_rules import SchemeRules
+from mixq_compile.selection.statistics import input_statistics
 
 ALLOWED = ("batch_invariant", "capacity", "force", "ignore", "layers", "miss", "stats", "threshold")
 """The options of MixqOptions that a swap takes, beside the scheme."""
@@ -99,12 +100,13 @@ def quantize(
 
 def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> Iterator[LinearRecord]:
     """Decides about each linear, swaps those that are quantized, and records all."""
-    select = next(step for step in pipeline_for(options, "jit") if isinstance(step, SelectScheme))
+    rules = SchemeRules(options.scheme, options.layers, options.threshold, options.capacity, options.miss)
     linears = linears_of(model)
     bound = _bound_elsewhere(model, linears.values(), options)
+    schemes = {name: rules.scheme_for(name, role_of(name)) for name in linears}
     decided = {
-        name: (select.scheme_for(name, role_of(name)), _why_not(name, module, bound, options, select))
-        for name, module in linears.items()
+        name: (scheme, _why_not(name, linears[name], bound, options, scheme))
+        for name, scheme in schemes.items()
     }
     if options.stats is not None:
         options.stats.check_model(
@@ -178,19 +180,19 @@ def _bound_elsewhere(
 
 
 def _why_not(
-    name: str, module: nn.Module, bound: Mapping[int, str], options: MixqOptions, select: SelectScheme
+    name: str, module: nn.Module, bound: Mapping[int, str], options: MixqOptions, scheme: QuantScheme
 ) -> str | None:
     """Why a linear is not swapped; None where it is."""
-    weight, role = _matrix(module), role_of(name)
-    reason = ineligible(name, role, weight, select.ignore) if weight.numel() else None
+    weight = _matrix(module)
+    reason = ineligible(name, role_of(name), weight, options.ignore) if weight.numel() else None
     reason = reason or bound.get(id(module)) or obstacle(module)
     if reason is None and options.stats is not None and options.stats.never_ran(name):
         reason = NEVER_RAN
     if reason is None:
-        scheme = select.scheme_for(name, role)
         out_features, in_features = weight.shape
         query = providers.linear_query(weight, out_features, in_features, scheme.weight, scheme.activation)
-        reason = no_kernel(query) or (None if options.force else not_faster(query, [LARGE_BATCH]))
+        reason = no_kernel(weight, out_features, in_features, scheme)
+        reason = reason or (None if options.force else not_faster(query, [LARGE_BATCH]))
     return reason
 
 
@@ -221,6 +223,7 @@ def _swap(
         column_max=maxima,
         batch_invariant=options.batch_invariant,
         keep_original=keep_original,
+        statistics=input_statistics(options.stats, name, scheme),
     )
     swapped.train(linear.training)
     swapped.fqn = name

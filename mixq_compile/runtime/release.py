@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixq_compile.errors import ReleasedWeightError
 from mixq_compile.runtime import torch_compat
+from mixq_compile.runtime.derived_weights import NEEDED
 from mixq_compile.runtime.released_parameter import ADVICE
 from mixq_compile.runtime.weight_store import STORE
 
@@ -74,7 +75,7 @@ def release(packed: Iterable[Tensor], still_read: Iterable[Tensor] = ()) -> Rele
     outcome = Released()
     refused = [(weight, READ_BESIDE) for weight in still_read]
     for weight in candidates:
-        reason = why_kept(weight, len(owners[id(weight)]))
+        reason = NEEDED if STORE.derived.of(weight) else why_kept(weight, len(owners[id(weight)]))
         if reason is None:
             try:
                 STORE.release(weight)

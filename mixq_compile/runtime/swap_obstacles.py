@@ -86,7 +86,8 @@ def _attributes_of_codes() -> frozenset[str]:
     made = vars(
         MixqLinear.from_linear(nn.Linear(16, 16, device="cpu", dtype=torch.float32), get_scheme("w8a8"))
     )
-    return frozenset({*made, *made["_buffers"]}) - frozenset(vars(nn.Module()))
+    own = {*made, *made["_buffers"], *made["_parameters"]} - set(OWN_NAMES)
+    return frozenset(own) - frozenset(vars(nn.Module()))
 
 
 def take_over(swapped: MixqLinear, linear: nn.Module) -> None:

@@ -17,20 +17,31 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
+def _as_matrix(weight: Tensor) -> Tensor:
+    """A weight as a matrix; a vector, such as a norm's, is one row."""
+    return weight.detach() if weight.dim() == 2 else weight.detach().reshape(1, -1)
+
+
 def block_rows(weight: Tensor) -> int:
     """How many rows of a weight one sum covers."""
-    bytes_of_row = max(1, weight.nbytes // max(1, weight.shape[0]))
+    bytes_of_row = max(1, weight.nbytes // max(1, _as_matrix(weight).shape[0]))
     return max(1, BLOCK_BYTES.get(weight.device.type, 1 << 20) // bytes_of_row)
 
 
 def blocks(weight: Tensor) -> Iterator[Tensor]:
     """The weight in blocks of `block_rows` rows."""
-    return iter(weight.detach().split(block_rows(weight)))
+    return iter(_as_matrix(weight).split(block_rows(weight)))
+
+
+def block(weight: Tensor, number: int) -> Tensor:
+    """One of the blocks."""
+    rows = block_rows(weight)
+    return _as_matrix(weight)[number * rows : (number + 1) * rows]
 
 
 def block_count(weight: Tensor) -> int:
     """How many blocks a weight has."""
-    return math.ceil(weight.shape[0] / block_rows(weight))
+    return math.ceil(_as_matrix(weight).shape[0] / block_rows(weight))
 
 
 def _as_integers(block: Tensor) -> list[Tensor]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,95 +19,17 @@ from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.joint_rows import held_bytes
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.state_access import exclusive_access
-from mixq_compile.ops.weight_codes import codes_dtype, quantize_weight
 from mixq_compile.runtime import memory
+from mixq_compile.runtime.derived_weights import NEVER, DerivedWeight, DerivedWeights
 from mixq_compile.runtime.released_parameter import ReleasedParameter, give_up_memory
+from mixq_compile.runtime.stored_weight import Entry, PackedWeight, StateKey, StoredWeight, WeightKey
 from mixq_compile.runtime.torch_compat import fingerprint
 from mixq_compile.runtime.weight_content import content_of
-from mixq_compile.scheme import QuantScheme, WeightRecipe
+from mixq_compile.scheme import QuantScheme
+from mixq_compile.weights.recipe import InputStatistics
+from mixq_compile.weights.steps.step import Step
 
 log = logging.getLogger(__name__)
-
-NEVER = (0, -1)
-"""A `fingerprint` that no tensor has."""
-
-
-@dataclass(eq=False)
-class WeightCodes:
-    """The integer codes of one weight; changed only in place."""
-
-    weight_codes: Tensor
-    """[N, K] int8, or [N, ceil(K/2)] uint8 with two 4-bit codes a byte."""
-    weight_scale: Tensor
-    """[N] fp32."""
-    recipe: WeightRecipe
-    transposed: bool
-    """True where the parameter is [K, N], as GPT-2's Conv1D has it."""
-    packed_from: tuple[int, int]
-    """`fingerprint` of the parameter when it was packed."""
-    content: Tensor | None
-    """`content_of` the parameter when it was packed; None where it has no data."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return held_bytes(self.weight_codes) + held_bytes(self.weight_scale)
-
-
-@dataclass
-class PackedWeight:
-    """Codes of one weight, and the cache of outlier columns of one capacity and dtype."""
-
-    codes: WeightCodes
-    outlier_weight: Tensor
-    """[N, C] in the activation's dtype: the weight columns of the slots in `cached_index`."""
-    cached_index: Tensor
-    """[C] int32, -1 where a slot is empty."""
-
-    @property
-    def weight_codes(self) -> Tensor:
-        """The codes' tensor."""
-        return self.codes.weight_codes
-
-    @property
-    def weight_scale(self) -> Tensor:
-        """The scales' tensor."""
-        return self.codes.weight_scale
-
-    def fetch(self, weight: Tensor, slots: Tensor) -> None:
-        """Copies the columns that these slots of `cached_index` name from the parameter."""
-        columns = self.cached_index[slots].long()
-        source = _as_matrix(weight, self.codes.transposed)
-        self.outlier_weight[:, slots] = source[:, columns].to(self.outlier_weight.dtype)
-
-
-@dataclass(frozen=True)
-class _StateKey:
-    threshold: float
-    capacity: int
-    miss: str
-    bits: int
-    device: torch.device
-    columns: tuple[int, ...] | None
-    readers: frozenset[int]
-    """ids of all parameters that read the value."""
-
-
-@dataclass
-class _Entry:
-    """What is known of one parameter."""
-
-    codes: dict[tuple[WeightRecipe, bool, torch.device], WeightCodes] = field(default_factory=dict)
-    packed: dict[tuple[WeightRecipe, bool, torch.device, int, torch.dtype], PackedWeight] = field(
-        default_factory=dict
-    )
-    states: dict[_StateKey, OutlierState] = field(default_factory=dict)
-    kept_because: str | None = None
-    """Why `release_weights` left the parameter its memory."""
-
-
-def _as_matrix(weight: Tensor, transposed: bool) -> Tensor:
-    return weight.detach().t() if transposed else weight.detach()
 
 
 class WeightStore:
@@ -118,17 +39,19 @@ class WeightStore:
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._writing = threading.RLock()
         self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.derived = DerivedWeights()
+        """What is computed from parameters before it is packed or read."""
         self.releases = 0
         """How often a parameter's storage was freed: a graph that reads 16-bit weights looks again then."""
 
-    def _entry(self, weight: Tensor) -> _Entry:
+    def _entry(self, weight: Tensor) -> Entry:
         entry = self._known(weight)
         if entry is None:
-            entry = self._entries[weight] = _Entry()
+            entry = self._entries[weight] = Entry()
         return entry
 
-    def _known(self, weight: Tensor) -> _Entry | None:
-        found: _Entry | None = self._entries.get(weight)
+    def _known(self, weight: Tensor) -> Entry | None:
+        found: Entry | None = self._entries.get(weight)
         return found
 
     def prepare(self, weights: Sequence[tuple[Tensor, QuantScheme]], keeps_originals: bool) -> None:
@@ -139,54 +62,79 @@ class WeightStore:
         unpacked: dict[int, tuple[Tensor, QuantScheme]] = {}
         for weight, scheme in weights:
             entry = self._known(weight)
-            if has_data(weight) and not (entry and entry.codes):
+            known = {key.recipe for key in entry.stored} if entry else ()
+            if has_data(weight) and scheme.recipe not in known:
                 unpacked[id(weight)] = weight, scheme
         if unpacked:
             memory.check(list(unpacked.values()), keeps_originals)
 
     def pack(
-        self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, transposed: bool = False
+        self,
+        weight: Tensor,
+        scheme: QuantScheme,
+        dtype: torch.dtype,
+        transposed: bool = False,
+        statistics: InputStatistics | None = None,
     ) -> PackedWeight:
         """The packed form of a parameter `[N, K]` (`[K, N]` if transposed); packs it on first use.
 
-        Raises MixqError where the weight has been released and was never packed this way.
+        `statistics` are those of the linear's inputs. Raises MixqError where the weight has been released and
+        was never packed this way, StatisticsError where its recipe needs statistics and none were given.
         """
-        out_features, in_features = _as_matrix(weight, transposed).shape
+        key = WeightKey.of(weight, scheme, dtype, transposed, statistics)
+        out_features, in_features = key.matrix(weight).shape
         capacity = scheme.outliers.capacity_for(in_features) if scheme.outliers else 0
         with self._writing:
+            self.derived.keep(weight)
             entry = self._entry(weight)
-            codes = self._codes(entry, weight, scheme, transposed)
-            key = (scheme.recipe, transposed, weight.device, capacity, dtype)
-            if key not in entry.packed:
-                entry.packed[key] = PackedWeight(
-                    codes=codes,
+            stored = self._stored(entry, weight, scheme.name, key, statistics)
+            place = (key, capacity, dtype)
+            if place not in entry.packed:
+                entry.packed[place] = PackedWeight(
+                    stored=stored,
                     outlier_weight=weight.new_zeros((out_features, capacity), dtype=dtype),
                     cached_index=weight.new_full((capacity,), -1, dtype=torch.int32),
                 )
-            return entry.packed[key]
+            return entry.packed[place]
 
-    def _codes(self, entry: _Entry, weight: Tensor, scheme: QuantScheme, transposed: bool) -> WeightCodes:
-        key = (scheme.recipe, transposed, weight.device)
-        if key in entry.codes:
+    def _stored(
+        self,
+        entry: Entry,
+        weight: Tensor,
+        scheme: str,
+        key: WeightKey,
+        statistics: InputStatistics | None,
+    ) -> StoredWeight:
+        if key in entry.stored:
             self.refresh(weight, look=True)
-            return entry.codes[key]
+            return entry.stored[key]
         if self.is_released(weight):
             raise MixqError(
                 "a weight was freed by release_weights and cannot be packed again with other options "
-                f"(scheme {scheme.name!r}). Load the model again, or compile without release_weights."
+                f"(scheme {scheme!r}). Load the model again, or compile without release_weights."
             )
-        matrix = _as_matrix(weight, transposed)
-        if not has_data(weight):
-            out_features, in_features = matrix.shape
-            shape, dtype = scheme.weight.codes_shape(out_features, in_features), codes_dtype(scheme.weight)
-            codes = weight.new_empty(shape, dtype=dtype)
-            scale = weight.new_empty((out_features,), dtype=torch.float32)
-        else:
-            codes, scale = quantize_weight(matrix, scheme.recipe)
+        tensors = StoredWeight.solve(key, weight, statistics)
         packed_from = fingerprint(weight) if has_data(weight) else (0, 0)
         content = content_of(weight) if has_data(weight) else None
-        entry.codes[key] = WeightCodes(codes, scale, scheme.recipe, transposed, packed_from, content)
-        return entry.codes[key]
+        entry.stored[key] = StoredWeight(key, tensors, statistics, packed_from, content)
+        return entry.stored[key]
+
+    def derive(self, weight: Tensor, *steps: Step) -> Tensor:
+        """A parameter, or what was derived from one, after more steps; the same tensor for every graph.
+
+        It follows when the parameter is written, as codes do. Raises ReleasedWeightError where the
+        parameter was freed, MixqError where memory does not suffice.
+        """
+        with self._writing:
+            derived, known = self.derived.derive(weight, steps)
+            if known:
+                self.refresh(self.derived.parameter(weight), look=True)
+            return derived
+
+    def choose(self, weights: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gave when it was first asked for by this key and exactly these parameters."""
+        with self._writing:
+            return self.derived.choose(weights, key, make)
 
     def fill(self, packed: PackedWeight, weight: Tensor, state: OutlierState) -> None:
         """Fetches the columns that the state knows from the parameter into the outlier weight, now."""
@@ -213,11 +161,11 @@ class WeightStore:
         """
         policy = scheme.outliers
         first = weights[0]
-        key = _StateKey(
+        key = StateKey(
             threshold=policy.threshold if policy else float("inf"),
             capacity=policy.capacity_for(in_features) if policy else 0,
             miss=policy.miss if policy else "static",
-            bits=scheme.activation.bits if scheme.activation else 16,
+            format=str(scheme.activation) if scheme.activation else None,
             device=first.device,
             columns=tuple(columns) if columns is not None else None,
             readers=frozenset(id(weight) for weight in weights),
@@ -230,7 +178,7 @@ class WeightStore:
         weights: Sequence[Tensor],
         scheme: QuantScheme,
         in_features: int,
-        key: _StateKey,
+        key: StateKey,
         columns: Sequence[int] | None,
         column_max: Sequence[float] | None,
     ) -> OutlierState:
@@ -242,7 +190,7 @@ class WeightStore:
                 state.preload(columns, column_max)
                 if policy.miss in ("frozen", "static"):
                     state.freeze()
-            if any(weight in self._held for weight in weights):
+            if any(self.derived.parameter(weight) in self._held for weight in weights):
                 state.hold()
             for weight in weights:
                 self._entry(weight).states[key] = state
@@ -277,11 +225,14 @@ class WeightStore:
         torch's count of writes and the address tell; with `look`, the content does too.
         """
         with self._writing:
+            again = self.derived.refresh(weight, look)
+            for derived in again:
+                self.refresh(derived)
             entry = self._known(weight)
             if entry is None or not has_data(weight) or self.is_released(weight):
-                return False
+                return bool(again)
             now, content = fingerprint(weight), None
-            here = [codes for codes in entry.codes.values() if codes.weight_codes.device == weight.device]
+            here = [codes for codes in entry.stored.values() if codes.weight_codes.device == weight.device]
             stale = [codes for codes in here if codes.packed_from != now]
             if look:
                 content = content_of(weight)
@@ -296,17 +247,16 @@ class WeightStore:
                 content = content_of(weight) if content is None else content
                 for codes in stale:
                     codes.packed_from, codes.content = now, content
-            return bool(stale)
+            return bool(stale or again)
 
-    def _pack_again(self, entry: _Entry, weight: Tensor, stale: Sequence[WeightCodes]) -> None:
+    def _pack_again(self, entry: Entry, weight: Tensor, stale: Sequence[StoredWeight]) -> None:
         # Solved first, because nothing should take long while other threads' calls wait.
-        fresh = [quantize_weight(_as_matrix(weight, codes.transposed), codes.recipe) for codes in stale]
+        fresh = [StoredWeight.solve(each.key, weight, each.statistics) for each in stale]
         with exclusive_access(weight.device):
-            for codes, (values, scale) in zip(stale, fresh, strict=True):
-                codes.weight_codes.copy_(values)
-                codes.weight_scale.copy_(scale)
+            for stored, tensors in zip(stale, fresh, strict=True):
+                stored.replace(tensors)
                 for packed in entry.packed.values():
-                    if packed.codes is codes:
+                    if packed.stored is stored:
                         packed.fetch(weight, (packed.cached_index >= 0).nonzero().flatten())
 
     def release(self, weight: Tensor) -> None:
@@ -318,7 +268,7 @@ class WeightStore:
         give_up_memory(weight)
         entry.kept_because = None
         # Data given to the parameter later may lie at the freed address.
-        for codes in entry.codes.values():
+        for codes in entry.stored.values():
             codes.packed_from, codes.content = NEVER, None
         self.releases += 1
 
@@ -338,24 +288,35 @@ class WeightStore:
         """True where a parameter's memory has been freed, and the user gave it no other since."""
         return isinstance(weight, ReleasedParameter)
 
-    def codes(self, weight: Tensor) -> list[WeightCodes]:
-        """Every set of codes of a parameter: one for each weight format and device."""
+    def codes(self, weight: Tensor) -> list[StoredWeight]:
+        """Every packed form of a parameter: one for each recipe and device."""
         entry = self._known(weight)
-        return list(entry.codes.values()) if entry else []
+        return list(entry.stored.values()) if entry else []
+
+    def forms(self, weight: Tensor) -> list[Tensor]:
+        """A parameter, and all that is derived from it."""
+        derived = [tensor for each in self.derived.of(weight) if (tensor := each.tensor()) is not None]
+        return [weight, *derived]
+
+    def followers(self, weight: Tensor) -> list[StoredWeight | DerivedWeight]:
+        """What is computed again when a parameter is written: its codes, and what is derived from it."""
+        return [*self.codes(weight), *self.derived.of(weight)]
 
     def packed_bytes(self, weight: Tensor) -> int:
-        """Bytes of everything kept in place of a parameter; 0 where it is not packed."""
+        """Bytes of everything kept in place of a parameter, derived tensors included; 0 where nothing is."""
+        derived = self.forms(weight)[1:]
+        held = sum(each.nbytes + self.packed_bytes(each) for each in derived)
         entry = self._known(weight)
         if entry is None:
-            return 0
+            return held
         caches = [held_bytes(p.outlier_weight) + held_bytes(p.cached_index) for p in entry.packed.values()]
-        return sum(codes.nbytes for codes in entry.codes.values()) + sum(caches)
+        return held + sum(stored.nbytes for stored in entry.stored.values()) + sum(caches)
 
     def states(self, weights: Iterable[Tensor]) -> list[OutlierState]:
         """Every outlier state of any of these parameters, each once."""
         found: dict[int, OutlierState] = {}
-        for weight in weights:
-            entry = self._known(weight)
+        for form in (form for weight in weights for form in self.forms(weight)):
+            entry = self._known(form)
             for state in entry.states.values() if entry else ():
                 found[id(state)] = state
         return list(found.values())

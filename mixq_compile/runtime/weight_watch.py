@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from mixq_compile.runtime.weight_content import block_count, block_rows, content_sum
-from mixq_compile.runtime.weight_store import STORE, WeightCodes
+from mixq_compile.runtime.derived_weights import DerivedWeight
+from mixq_compile.runtime.stored_weight import StoredWeight
+from mixq_compile.runtime.weight_content import block, block_count, content_sum
+from mixq_compile.runtime.weight_store import STORE
 
 SHARE = 0.005
 """The part of a graph's time that looking at its weights may take."""
@@ -29,14 +31,14 @@ class WeightWatch:
     On a GPU the comparison is launched and its outcome read at a later look: nothing waits.
     """
 
-    def __init__(self, weights: Sequence[tuple[int, Tensor, WeightCodes]]) -> None:
-        """Watches weights, each given with its place among a graph's arguments and its codes."""
+    def __init__(self, weights: Sequence[tuple[int, Tensor, StoredWeight | DerivedWeight]]) -> None:
+        """Watches weights, each with its place among a graph's arguments and what was computed from it."""
         self._weights = [(place, codes) for place, _, codes in weights]
         self._watched = [weakref.ref(weight) for _, weight, _ in weights]
         self._blocks = [
-            (number, block)
+            (number, place)
             for number, (_, weight, _) in enumerate(weights)
-            for block in range(block_count(weight))
+            for place in range(block_count(weight))
         ]
         self._next = 0
         self._credit = 0.0
@@ -94,7 +96,7 @@ class WeightWatch:
 
     def _look(self, arguments: Sequence[Tensor]) -> int | None:
         """The place of a weight that was written; None where none was seen."""
-        number, block = self._blocks[self._next]
+        number, block_place = self._blocks[self._next]
         place, codes = self._weights[number]
         weight = arguments[place]
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -104,8 +106,7 @@ class WeightWatch:
             return None
         self._next = (self._next + 1) % len(self._blocks)
         if codes.content is not None and codes.content.device == weight.device:
-            rows = block_rows(weight)
-            differs = content_sum(weight.detach()[block * rows : (block + 1) * rows]) != codes.content[block]
+            differs = content_sum(block(weight, block_place)) != codes.content[block_place]
             if not weight.is_cuda:
                 return place if bool(differs) else seen
             host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
@@ -127,7 +128,7 @@ def _seconds_of_a_look(weight: Tensor) -> float:
     best = math.inf
     for _ in range(2):
         begin = time.perf_counter()
-        content_sum(weight.detach()[: block_rows(weight)])
+        content_sum(block(weight, 0))
         best = min(best, time.perf_counter() - begin)
     return best
 

@@ -30,11 +30,15 @@ def accepted_names() -> tuple[str, ...]:
 
 
 def get_scheme(name: str | QuantScheme) -> QuantScheme:
-    """The scheme of this name or alias. Raises OptionError that lists the valid names."""
+    """The scheme of this name or alias, or the one given.
+
+    Raises OptionError that lists the valid names.
+    """
     if isinstance(name, QuantScheme):
-        return name
-    name = ALIASES.get(name, name)
-    if name not in scheme_names():
-        raise unknown_name("scheme", name, accepted_names())
-    scheme: QuantScheme = importlib.import_module(f"{_PACKAGE}.{name}").SCHEME
+        scheme = name
+    else:
+        name = ALIASES.get(name, name)
+        if name not in scheme_names():
+            raise unknown_name("scheme", name, accepted_names())
+        scheme = importlib.import_module(f"{_PACKAGE}.{name}").SCHEME
     return scheme

@@ -8,7 +8,7 @@ SCHEME = QuantScheme(
     summary="int4 weights and activations, outlier columns in 16 bit; down projections at 8 bit",
     weight=INT4,
     activation=INT4,
-    outliers=OutlierPolicy(),
+    outliers=OutlierPolicy(choose="largest"),
     solver="clip",
     instead=(("down", "w8a8o16"),),
 )

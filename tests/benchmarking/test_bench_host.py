@@ -9,7 +9,7 @@ from commands import mixq_json
 
 OPERATORS = {
     "quantize_online", "refresh_outlier_weights", "mixed_linear", "activated_linear",
-    "weight_only_linear", "linear", "fp32 linear",
+    "weight_only_linear", "linear, by its module", "fp32 linear",
 }  # fmt: skip
 
 

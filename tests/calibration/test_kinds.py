@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mixq_compile.calibration import CalibrationStats, accumulator, calibrate
+from mixq_compile.calibration import CalibrationStats, calibrate
+from mixq_compile.calibration.collected import gram
 from mixq_compile.errors import OptionError, StatisticsError
 
 EVERY = ("channels", "gram", "sample")
@@ -48,13 +49,13 @@ def product(rows: Tensor) -> Tensor:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """K of each gram accumulator that was made anew."""
     sizes: list[int] = []
-    original = accumulator.GramAccumulator
+    original = gram.ACCUMULATOR
 
     def make(in_features: int, device: torch.device) -> Any:
         sizes.append(in_features)
         return original(in_features, device)
 
-    monkeypatch.setitem(accumulator.FURTHER_ACCUMULATORS, "gram", make)
+    monkeypatch.setattr(gram, "ACCUMULATOR", make)
     return sizes
 
 

@@ -12,7 +12,7 @@ DEVICE = DeviceFigures("a device", float_rate=1e12, integer_rate=2e12, bandwidth
 
 def layer(**changes: object) -> LayerSummary:
     made = LayerSummary(
-        fqn="up", role="up", out_features=1000, in_features=1000, dtype="bfloat16", scheme="w8a8",
+        fqn="up", role="up", out_features=1024, in_features=1024, dtype="bfloat16", scheme="w8a8",
         weight_bits=8, activation_bits=8, kernel="tl", skip=None, where="", bytes_before=2_000_000,
         bytes_after=1_004_000,
     )  # fmt: skip
@@ -21,16 +21,17 @@ def layer(**changes: object) -> LayerSummary:
 
 def test_few_rows_wait_for_the_weight() -> None:
     cost = linear_cost(layer(), 1, DEVICE)
-    assert cost["operations"] == 2 * 1000 * 1000
+    assert cost["operations"] == 2 * 1024 * 1024
     # x and the result are 2 kB each.
-    assert cost["bytes"] == {"before": 2_004_000, "after": 1_008_000}
-    assert cost["microseconds"] == {"before": 2004.0, "after": 1008.0}
+    before, after = 2 * 1024 * 1024 + 2 * 2048, 1024 * 1024 + 4 * 1024 + 2 * 2048
+    assert cost["bytes"] == {"before": before, "after": after}
+    assert cost["microseconds"] == {"before": before / 1000, "after": after / 1000}
 
 
 def test_many_rows_wait_for_arithmetic() -> None:
     fast_memory = dataclasses.replace(DEVICE, bandwidth=1e15)
     cost = linear_cost(layer(), 4096, fast_memory)
-    operations = 2 * 4096 * 1e6
+    operations = 2 * 4096 * 1024 * 1024
     assert cost["microseconds"]["before"] == pytest.approx(operations / 1e12 * 1e6)
     assert cost["microseconds"]["after"] == pytest.approx(operations / 2e12 * 1e6)
 
@@ -39,7 +40,7 @@ def test_outlier_columns_cost_float_operations() -> None:
     fast_memory = dataclasses.replace(DEVICE, bandwidth=1e15)
     plain, mixed = (linear_cost(layer(capacity=c), 4096, fast_memory) for c in (0, 100))
     extra = mixed["microseconds"]["after"] - plain["microseconds"]["after"]
-    assert extra == pytest.approx(2 * 4096 * 1000 * 100 / 1e12 * 1e6, rel=1e-4)
+    assert extra == pytest.approx(2 * 4096 * 1024 * 100 / 1e12 * 1e6, rel=1e-4)
 
 
 def test_a_layer_left_alone_costs_the_same() -> None:
@@ -49,7 +50,7 @@ def test_a_layer_left_alone_costs_the_same() -> None:
 
 def test_four_bits_move_fewer_bytes_than_eight() -> None:
     eight, four = (linear_cost(layer(weight_bits=bits), 1, DEVICE)["bytes"]["after"] for bits in (8, 4))
-    assert eight - four == 500_000
+    assert eight - four == 1024 * 512
 
 
 def test_a_product_without_a_known_shape_has_no_cost() -> None:

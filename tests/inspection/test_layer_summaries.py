@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from captures import capture
@@ -5,11 +7,19 @@ from inspected_models import llama_inspection, run_history
 from torch import Tensor, nn
 
 import mixq_compile as mixq
+from mixq_compile.inspection import layers
 from mixq_compile.inspection.blast_radius import layer_of, touches
-from mixq_compile.inspection.layers import NEVER_REWRITTEN, layers_of, matching, packed_bytes, sizes
+from mixq_compile.inspection.layers import (
+    NEVER_REWRITTEN,
+    LayerSummary,
+    layers_of,
+    matching,
+    sizes,
+)
 from mixq_compile.pipeline import History, PassContext, Pipeline
 from mixq_compile.runtime.linear_records import linear_records
 from mixq_compile.runtime.weight_store import STORE
+from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -52,12 +62,6 @@ def test_a_layer_whose_rewrite_had_no_fuel_says_so() -> None:
     assert (len(rewritten), len(left)) == (3, 11)
     assert {layer.skip for layer in left} == {NEVER_REWRITTEN}
     assert all(layer.bytes_after == layer.bytes_before for layer in left)
-
-
-def test_four_bit_layers_take_half_the_bytes_of_codes() -> None:
-    eight, four = (packed_bytes(8, 33, bits, 0, 16) for bits in (8, 4))
-    assert eight - 8 * 4 == 8 * 33
-    assert four - 8 * 4 == 8 * 17
 
 
 @pytest.mark.parametrize(
@@ -120,12 +124,34 @@ def test_a_swapped_linear_without_bias_counts_as_one_with_it(scheme: str) -> Non
     )
     history = Pipeline.parse("strip-guards,expand-linear").run(graph, PassContext(weights=STORE))
     biased, plain = layers_of(history)
+    assert (biased.scheme, plain.scheme) == (scheme, scheme)
     figures = ("out_features", "in_features", "capacity", "activation_bits", "weight_bits", "bytes_after")
     for figure in figures:
         assert getattr(plain, figure) == getattr(biased, figure), figure
     assert (plain.out_features, plain.in_features) == (32, 64)
     assert plain.capacity == (16 if "o16" in scheme else 0)
-    assert plain.activation_bits == {"w8a8o16": 8, "w4a4o16": 4, "w8a8": 8, "w8a16": 16}[scheme]
+    assert plain.activation_bits == {"w8a8o16": 8, "w4a4o16": 4, "w8a8": 8, "w8a16": 32}[scheme]
+    assert plain.weight_bits == (4 if scheme == "w4a4o16" else 8)
+    assert plain.scheme == scheme
+
+
+def swapped_layers() -> tuple[LayerSummary, ...]:
+    graph = capture(mixq.quantize(Pair()), torch.randn(40, 64), route="export")
+    return layers_of(Pipeline.parse("strip-guards,expand-linear").run(graph, PassContext(weights=STORE)))
+
+
+def test_of_a_swapped_linear_every_scheme_that_it_may_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph tells formats, and several schemes may have the same: naming one of them would be a guess."""
+    wide = dataclasses.replace(get_scheme("w8a8o16"), name="w8a8o16_wide")
+    known = {name: get_scheme(name) for name in scheme_names()} | {wide.name: wide}
+    monkeypatch.setattr(layers, "scheme_names", lambda: tuple(known))
+    monkeypatch.setattr(layers, "get_scheme", known.__getitem__)
+    assert {layer.scheme for layer in swapped_layers()} == {"w8a8o16 or w8a8o16_wide"}
+
+
+def test_formats_that_no_scheme_has_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "scheme_names", lambda: ("w8a16",))
+    assert {layer.scheme for layer in swapped_layers()} == {"int8 absmax x int8"}
 
 
 SPELLINGS = {

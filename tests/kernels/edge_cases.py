@@ -238,7 +238,7 @@ def learn(case: OnlineCase, kernel: str, miss: str, device: torch.device | str) 
         if place == case.freeze_before_call:
             state.freeze()
         there = moved(x, device)
-        outputs = ops.quantize_online(there, *state.buffers(), case.bits, miss, 0, kernel)
+        outputs = ops.quantize_online(there, *state.buffers(), f"int{case.bits}", miss, 0, kernel)
         assert torch.equal(there.cpu().nan_to_num(), x.nan_to_num()), "the input was changed"
         result = dict(zip(("codes", "scale", "outliers", "used"), outputs, strict=True))
         result |= dict(zip(STATE_FIELDS, state.buffers(), strict=True))
@@ -254,7 +254,7 @@ def quantize_fixed(case: OnlineCase, kernel: str, device: torch.device | str) ->
     for x in case.inputs:
         for used in (state, empty):
             outputs = ops.quantize(
-                moved(x, device), used.index, used.column_slot, used.counters, case.bits, 0, kernel
+                moved(x, device), used.index, used.column_slot, used.counters, f"int{case.bits}", 0, kernel
             )
             names = ("codes", "scale", "outliers")
             seen.append({name: value.cpu() for name, value in zip(names, outputs, strict=True)})
@@ -357,7 +357,7 @@ def product(tensors: Linear, kernel: str, small_m: int = 0, bits: int = 8) -> Te
     """The linear through a provider's quantize, refresh and mixed_linear."""
     state = tensors.state
     codes, scale, outliers = ops.quantize(
-        tensors.x, state.index, state.column_slot, state.counters, bits, small_m, kernel
+        tensors.x, state.index, state.column_slot, state.counters, f"int{bits}", small_m, kernel
     )
     if state.capacity:
         refresh(tensors, kernel, small_m)
@@ -373,7 +373,7 @@ def activated_product(
     """The linear with an activation function, through a provider."""
     state = tensors.state
     codes, scale, outliers = ops.quantize(
-        tensors.x, state.index, state.column_slot, state.counters, 8, small_m, kernel
+        tensors.x, state.index, state.column_slot, state.counters, "int8", small_m, kernel
     )
     if state.capacity:
         refresh(tensors, kernel, small_m)
@@ -394,7 +394,7 @@ def unfused_product(tensors: Linear, kernel: str) -> Tensor:
     """The same through `mixed_gemm` and `dequantize`."""
     state = tensors.state
     codes, scale, outliers = ops.quantize(
-        tensors.x, state.index, state.column_slot, state.counters, 8, 0, kernel
+        tensors.x, state.index, state.column_slot, state.counters, "int8", 0, kernel
     )
     if state.capacity:
         refresh(tensors, kernel)
@@ -415,7 +415,7 @@ def expected_product(tensors: Linear, bits: int = 8) -> Tensor:
     """The same in float64 from the reference's codes: what only rounding may separate from a provider."""
     state = tensors.state
     codes, scale, outliers = ops.quantize(
-        tensors.x, state.index, state.column_slot, state.counters[:1], bits, 0, "ref"
+        tensors.x, state.index, state.column_slot, state.counters[:1], f"int{bits}", 0, "ref"
     )
     used = int(state.counters[0])
     columns = state.index[:used].long()
@@ -501,6 +501,39 @@ def check_absurd_rows_teach_nothing(kernel: str, dtype: torch.dtype, device: tor
             assert alone["codes"].abs().eq(2 ** (bits - 1) - 1).all(), (
                 "an absurd row is quantized as any other"
             )
+
+
+def check_padding_teaches_nothing(
+    kernel: str, miss: str, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Huge rows that a mask takes out leave state and results of the rows beside them as they are without."""
+    good = [_planted(6, 96, [9, 40]).to(dtype), _planted(6, 96, [9, 71, 5], seed=1).to(dtype)]
+    kept = torch.tensor([True, False, True, True, False, True, True, True, False])
+    padding = torch.full((3, 96), 900.0).to(dtype)
+    padding[2, 7] = torch.nan
+    results = []
+    for padded in (False, True):
+        state = OutlierState.create(96, 16, THRESHOLD, device)
+        state.preload([3])
+        seen = []
+        for rows in good:
+            x, mask = rows, None
+            if padded:
+                x = torch.empty(9, 96, dtype=dtype)
+                x[kept], x[~kept], mask = rows, padding, kept.to(device)
+            outputs = ops.quantize_online(moved(x, device), *state.buffers(), "int8", miss, 0, kernel, mask)
+            call = dict(zip(("codes", "scale", "outliers", "used"), outputs, strict=True))
+            call = {name: value.cpu() for name, value in call.items()}
+            if padded:
+                codes = call["codes"][~kept]
+                assert (codes[:2] != 0).any(dim=1).all(), "padding is quantized as all other rows are"
+                call |= {name: call[name][kept] for name in ("codes", "scale", "outliers")}
+            call |= {name: getattr(state, name).cpu().clone() for name in STATE_FIELDS}
+            seen.append(call)
+        results.append(seen)
+    if miss in ("exact", "lazy"):
+        assert sorted(state.columns()) == [3, 5, 9, 40, 71], "the case learns nothing"
+    assert_same(results[1], results[0])
 
 
 def check_large_sums(

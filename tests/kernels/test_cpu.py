@@ -81,7 +81,7 @@ def test_few_rows_learn_nothing(rows):
     state = OutlierState.create(32, 16, 6.0, "cpu")
     before = [buffer.clone() for buffer in state.buffers()]
     x = torch.full((rows, 32), 50.0)
-    _, _, outliers, used = ops.quantize_online(x, *state.buffers(), 8, "exact", 3, "cpu")
+    _, _, outliers, used = ops.quantize_online(x, *state.buffers(), "int8", "exact", 3, "cpu")
     assert int(used) == 0
     assert not outliers.any()
     assert all(torch.equal(old, now) for old, now in zip(before, state.buffers(), strict=True))
@@ -185,7 +185,7 @@ def _operands(tensors: edge_cases.Linear) -> LinearOperands:
     edge_cases.refresh(tensors, "cpu")
     state = tensors.state
     codes, scale, outliers = ops.quantize(
-        tensors.x, state.index, state.column_slot, state.counters, 8, 0, "cpu"
+        tensors.x, state.index, state.column_slot, state.counters, "int8", 0, "cpu"
     )
     return LinearOperands(
         codes, scale, outliers, state.counters, tensors.codes, tensors.scale, tensors.outlier_weight,
@@ -200,7 +200,7 @@ def _quantized(
     found = quantized_linear(
         operands.codes, *state.buffers(), operands.scale, operands.outliers, operands.count,
         operands.weight_codes, operands.weight_scale, operands.outlier_weight, operands.bias, activation,
-        8, miss, "cpu",
+        "int8", miss, "cpu",
     )  # fmt: skip
     return [*found, *state.buffers()]
 
@@ -223,7 +223,7 @@ def test_quantized_linear_is_linear_then_quantization(rows, miss, activation):
         state.preload([3, 40] if miss == "static" else [])
     for _ in range(3):
         found = _quantized(operands, activation, fused, miss)
-        expected = ops.quantize_online(value, *separate.buffers(), 8, miss, 0, "cpu")
+        expected = ops.quantize_online(value, *separate.buffers(), "int8", miss, 0, "cpu")
         for mine, theirs in zip(found, (*expected, *separate.buffers()), strict=True):
             assert torch.equal(mine, theirs)
     assert int(fused.counters[COUNT]) > 0
@@ -295,8 +295,8 @@ def test_every_half_precision_number_converts(other_instructions):
         x = bits.view(dtype)[:, None].repeat(1, 2)
         x[:, 1] = 0
         state = OutlierState.create(2, 16, 1e9, "cpu")
-        mine = ops.quantize(x, state.index, state.column_slot, state.counters, 8, 0, "cpu")
-        theirs = ops.quantize(x, state.index, state.column_slot, state.counters, 8, 0, "ref")
+        mine = ops.quantize(x, state.index, state.column_slot, state.counters, "int8", 0, "cpu")
+        theirs = ops.quantize(x, state.index, state.column_slot, state.counters, "int8", 0, "ref")
         for found, expected in zip(mine, theirs, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         values = bits.view(dtype).float()
@@ -403,7 +403,9 @@ def test_what_is_supported():
 def test_a_dtype_that_kernels_do_not_know():
     state = OutlierState.create(4, 16, 6.0, "cpu")
     with pytest.raises(KernelError, match="float32, bfloat16 and float16"):
-        ops.quantize(torch.ones(2, 4).double(), state.index, state.column_slot, state.counters, 8, 0, "cpu")
+        ops.quantize(
+            torch.ones(2, 4).double(), state.index, state.column_slot, state.counters, "int8", 0, "cpu"
+        )
 
 
 @pytest.mark.parametrize("op", ["mixed_linear", "weight_only_linear"])

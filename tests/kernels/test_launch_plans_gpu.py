@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mixq_compile
-from mixq_compile.errors import OperandError
+from mixq_compile.errors import MixqError, OperandError
 from mixq_compile.formats import INT8
 from mixq_compile.kernels.tl import plan_library
 from mixq_compile.ops.outlier_state import OutlierState
@@ -58,7 +58,7 @@ class Linear(NamedTuple):
     def run(self, x: Tensor, miss: str = "exact") -> tuple[Tensor, ...]:
         """Codes, scale, outliers, count and product, by the three operators."""
         mixq = torch.ops.mixq
-        quantized = mixq.quantize_online.default(x, *self.state.buffers(), 8, miss, 0, "auto")
+        quantized = mixq.quantize_online.default(x, *self.state.buffers(), "int8", miss, 0, "auto")
         codes, scale, outliers, count = quantized
         mixq.refresh_outlier_weights.default(
             codes, self.state.index, count, [self.cached_index], [self.outlier_weight], [self.codes],
@@ -246,7 +246,7 @@ def test_changing_numbers_of_rows_keep_the_memory_bounded() -> None:
     linear, most = Linear.make(), plan_library.PLANS_OF_AN_OPERATOR
     index, column_slot, counters = linear.state.index, linear.state.column_slot, linear.state.counters
     for rows in range(1, most + 40):
-        torch.ops.mixq.quantize.default(activation(rows, 0), index, column_slot, counters, 8, 0, "auto")
+        torch.ops.mixq.quantize.default(activation(rows, 0), index, column_slot, counters, "int8", 0, "auto")
     assert plan_library.keys_of("mixq::quantize") == most
 
 
@@ -283,7 +283,7 @@ def test_a_planned_call_has_no_gradient_and_says_so() -> None:
     with torch.enable_grad():
         x.requires_grad_()
         product = linear.run(x)[-1]
-        with pytest.raises(RuntimeError, match="mixed_linear"):
+        with pytest.raises(MixqError, match="mixed_linear has no gradient"):
             product.sum().backward()
 
 

@@ -31,7 +31,7 @@ def operands(rows, in_features, out_features, dtype, planted=True, bias=True):
     outlier_weight = torch.zeros(out_features, 16, dtype=dtype)
     outlier_weight[:, 0] = weight[:, 3]
     codes, scale, outliers = quantize(
-        x.to(dtype), state.index, state.column_slot, state.counters, 8, 0, "ref"
+        x.to(dtype), state.index, state.column_slot, state.counters, "int8", 0, "ref"
     )
     addition = torch.randn(out_features).to(dtype) if bias else None
     return codes, (scale, outliers, state.counters, weight_codes, weight_scale, outlier_weight, addition)
@@ -42,7 +42,7 @@ def both(codes, rest, out_features, activation, miss="exact"):
     for kernel in ("ref", "cpu"):
         state = OutlierState.create(out_features, 16, 6.0, "cpu")
         results[kernel] = (
-            *quantized_linear(codes, *state.buffers(), *rest, activation, 8, miss, kernel),
+            *quantized_linear(codes, *state.buffers(), *rest, activation, "int8", miss, kernel),
             state,
         )
     return results["ref"], results["cpu"]
@@ -107,4 +107,4 @@ def test_an_unknown_activation_is_an_error():
     codes, rest = operands(4, 64, 96, torch.float32)
     state = OutlierState.create(96, 16, 6.0, "cpu")
     with pytest.raises((MixqError, KeyError), match="swish"):
-        quantized_linear(codes, *state.buffers(), *rest, "swish", 8, "exact", "cpu")
+        quantized_linear(codes, *state.buffers(), *rest, "swish", "int8", "exact", "cpu")

@@ -201,7 +201,7 @@ def test_sums_beyond_half_precision():
 
 def _online_linear(tensors: edge_cases.Linear, x: torch.Tensor, miss: str = "exact") -> torch.Tensor:
     state = tensors.state
-    codes, scale, outliers, count = ops.quantize_online(x, *state.buffers(), 8, miss, 0, "tl")
+    codes, scale, outliers, count = ops.quantize_online(x, *state.buffers(), "int8", miss, 0, "tl")
     ops.refresh_outlier_weights(
         codes, state.index, count, [tensors.cached_index], [tensors.outlier_weight], [tensors.codes],
         [tensors.scale], [tensors.original], 0, "tl",
@@ -295,9 +295,14 @@ def test_two_streams_share_a_frozen_state():
 def test_exact_calls_end_below_the_threshold():
     state = OutlierState.create(512, 16, 6.0, "cuda")
     for x in _growing_inputs():
-        _, scale, _, count = ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "tl")
+        _, scale, _, count = ops.quantize_online(x, *state.buffers(), "int8", "exact", 0, "tl")
         assert float(scale.max()) * 127 <= float(state.effective_threshold) * (1 + 1e-6)
         assert int(count) == int(state.counters[COUNT])
+
+
+@pytest.mark.parametrize("miss", edge_cases.POLICIES)
+def test_padding_teaches_nothing(miss):
+    edge_cases.check_padding_teaches_nothing("tl", miss, torch.bfloat16, "cuda")
 
 
 def test_is_chosen_on_a_gpu():

@@ -41,6 +41,12 @@ def test_learning_is_bit_identical(name, miss):
     edge_cases.assert_same(edge_cases.learn(case, "tl", miss, "cpu"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("miss", edge_cases.POLICIES)
+def test_padding_teaches_nothing(miss, dtype):
+    edge_cases.check_padding_teaches_nothing("tl", miss, dtype, "cpu")
+
+
 @pytest.mark.parametrize("name", edge_cases.ONLINE_CASES)
 def test_fixed_columns_are_bit_identical(name):
     case = edge_cases.ONLINE_CASES[name](_some_dtype(name))
@@ -73,7 +79,7 @@ def test_no_row_exceeds_after_an_exact_call():
 def test_few_rows_learn_nothing(rows):
     state = OutlierState.create(32, 16, 6.0, "cpu")
     x = torch.full((rows, 32), 50.0)
-    codes, scale, outliers, _ = ops.quantize_online(x, *state.buffers(), 8, "exact", 3, "tl")
+    codes, scale, outliers, _ = ops.quantize_online(x, *state.buffers(), "int8", "exact", 3, "tl")
     assert (codes.shape, scale.shape, outliers.shape) == ((rows, 32), (rows,), (rows, 16))
     assert state.columns() == []
 
@@ -169,4 +175,4 @@ def test_needs_the_interpreter_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     state = OutlierState.create(32, 16, 6.0, "cpu")
     with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
-        ops.quantize_online(torch.ones(2, 32), *state.buffers(), 8, "exact", 0, "tl")
+        ops.quantize_online(torch.ones(2, 32), *state.buffers(), "int8", "exact", 0, "tl")

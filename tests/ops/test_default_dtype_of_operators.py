@@ -26,10 +26,13 @@ def test_bits(operator: str, label: str, name: str) -> None:
     kernels = [entry.name for entry in providers_of(operator) if entry.name in ("cpu", "ref")]
     assert "ref" in kernels or operator == "linear"
     for kernel in kernels or ["auto"]:
-        arguments = given if operator == "linear" else (*given[:-1], kernel)
+        names = [
+            argument.name for argument in operator_calls.OPERATORS[operator]._opoverload._schema.arguments
+        ]
+        arguments = [kernel if name == "kernel" else value for name, value in zip(names, given, strict=True)]
 
         def run(arguments: Any = arguments) -> Any:
-            own = tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, arguments)
+            own = tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, arguments)
             return operator_calls.OPERATORS[operator](*own), own
 
         assert_unchanged(name, run)

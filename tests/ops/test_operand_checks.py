@@ -62,7 +62,7 @@ CHANGES: dict[str, Change] = {
 STILL_RIGHT = {
     **{
         (operator, "x"): {"more rows", "another dimension"}
-        for operator in ("quantize", "quantize_online", "linear", "weight_only_linear")
+        for operator in ("quantize", "quantize_affine", "quantize_online", "linear", "weight_only_linear")
     },
     # Only the rows of x are read, unless few of them take the weight-only path.
     **{
@@ -73,6 +73,7 @@ STILL_RIGHT = {
     **{(operator, "count"): {"longer", "shorter", "more rows"} for operator in OPERATORS},
     # It alone says how many slots there are.
     ("quantize", "index"): {"longer", "shorter", "more rows"},
+    ("quantize_affine", "index"): {"longer", "shorter", "more rows"},
     # Only the number of its rows and columns is read.
     ("refresh_outlier_weights", "codes"): {"another dtype", "more rows", "another dimension"},
 }

@@ -155,7 +155,9 @@ class TestTraits:
         products = {name for name, traits in found.items() if traits is not None and traits.product}
         assert products == {
             "mixed_gemm", "mixed_linear", "activated_linear", "quantized_linear", "weight_only_linear",
+            "grouped_linear",
         }  # fmt: skip
+        # Joining moves codes, scales and outlier weights, but no zero points and no addends yet.
         # A gated product's rows are halves of a whole: laid below another's they would be multiplied wrongly.
         joined = {name for name, traits in found.items() if traits is not None and traits.joins}
         assert joined == {"mixed_linear", "weight_only_linear"}

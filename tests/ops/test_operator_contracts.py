@@ -23,7 +23,7 @@ MUTATED = {
     "quantize_online": set(STATE_FIELDS),
     "refresh_outlier_weights": {"cached_index", "outlier_weight"},
     "quantized_linear": set(STATE_FIELDS),
-    "linear": {*STATE_FIELDS, "cached_index", "outlier_weight"},
+    "linear": {"state", "cache"},
 }
 """Arguments that an operator may write; all others none."""
 

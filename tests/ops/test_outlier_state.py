@@ -17,7 +17,7 @@ def state(capacity: int = 16) -> OutlierState:
 def learn(target: OutlierState, *columns: int) -> None:
     x = torch.zeros(2, 40)
     x[0, list(columns)] = 9.0
-    quantize_online(x, *target.buffers(), 8, "exact", 0, "ref")
+    quantize_online(x, *target.buffers(), "int8", "exact", 0, "ref")
 
 
 def contents(target: OutlierState) -> dict[str, object]:
@@ -109,5 +109,5 @@ def test_a_column_out_of_range_is_refused(column: int) -> None:
 def test_more_slots_than_columns_is_allowed() -> None:
     target = OutlierState.create(10, 16, 6.0, "cpu")
     x = torch.full((1, 10), 9.0)
-    quantize_online(x, *target.buffers(), 8, "exact", 0, "ref")
+    quantize_online(x, *target.buffers(), "int8", "exact", 0, "ref")
     assert target.columns() == list(range(10))

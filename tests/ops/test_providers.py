@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixq_compile.errors import KernelError, OptionError
-from mixq_compile.formats import INT8
+from mixq_compile.formats import INT8, TensorFormat
 from mixq_compile.ops import providers
 from mixq_compile.ops.providers import KernelQuery, Provider
 
@@ -39,7 +39,9 @@ def test_the_reference_implements_every_operator_and_supports_every_call() -> No
     for op in providers.operators():
         found = {item.name: item for item in providers.providers_of(op)}
         assert "ref" in found, op
-        assert found["ref"].supports(KernelQuery(op, torch.device("cpu"), torch.float32)) is True
+        written = TensorFormat(8, signed=op != "quantize_affine")
+        query = KernelQuery(op, torch.device("cpu"), torch.float32, activation=written)
+        assert found["ref"].supports(query) is True
         assert providers.providers_of(op)[-1].name == "ref", f"the reference is preferred for {op}"
 
 

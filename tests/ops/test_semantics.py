@@ -113,7 +113,9 @@ def test_error_is_within_half_a_step_of_every_factor() -> None:
     weight = planted(40, 128, {}, seed=1)
     codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(8)))
     state = OutlierState.create(128, 16, THRESHOLD, "cpu")
-    quantized, row_scale, outliers, count = ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "ref")
+    quantized, row_scale, outliers, count = ops.quantize_online(
+        x, *state.buffers(), "int8", "exact", 0, "ref"
+    )
     cached, cache = [torch.full((16,), -1, dtype=torch.int32)], [torch.zeros(40, 16)]
     ops.refresh_outlier_weights(
         quantized, state.index, count, cached, cache, [codes], [scale], [weight], 0, "ref"
@@ -139,7 +141,7 @@ def test_an_element_exactly_at_the_threshold_is_no_outlier_but_one_step_above_is
             state = OutlierState.create(20, 16, float(limit), "cpu")
             x = torch.zeros(3, 20, dtype=dtype)
             x[1, 4] = size
-            ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "ref")
+            ops.quantize_online(x, *state.buffers(), "int8", "exact", 0, "ref")
             assert state.columns() == found, f"{float(size)!r} against a threshold of {float(limit)!r}"
 
 
@@ -154,7 +156,7 @@ def test_after_an_exact_call_no_row_exceeds_the_effective_threshold(seed: int, m
         x = torch.randn(5, 60, generator=generator) * torch.rand(60, generator=generator).mul(6).exp()
         calls = 2 if miss == "lazy" else 1
         for _ in range(calls):
-            _, scale, _, _ = ops.quantize_online(x, *state.buffers(), 8, miss, 0, "ref")
+            _, scale, _, _ = ops.quantize_online(x, *state.buffers(), "int8", miss, 0, "ref")
         assert float(scale.max()) * 127 <= float(state.effective_threshold) * (1 + 1e-6)
         columns = state.columns()
         assert len(set(columns)) == len(columns) <= 16
@@ -167,24 +169,24 @@ def test_after_an_exact_call_no_row_exceeds_the_effective_threshold(seed: int, m
 def test_overflow_does_not_miss_again() -> None:
     state = OutlierState.create(64, 16, THRESHOLD, "cpu")
     x = planted(40, 64, {column: 10.0 + column for column in range(40)})
-    ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "ref")
+    ops.quantize_online(x, *state.buffers(), "int8", "exact", 0, "ref")
     assert state.overflow() == 40 - 16
     assert sorted(state.columns()) == list(range(24, 40)), "not the largest ones stayed"
     assert float(state.effective_threshold) == 10.0 + 23
     before = [buffer.clone() for buffer in state.buffers()]
-    ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "ref")
+    ops.quantize_online(x, *state.buffers(), "int8", "exact", 0, "ref")
     assert all(torch.equal(now, then) for now, then in zip(state.buffers(), before, strict=True))
 
 
 def test_lazy_quantizes_with_the_columns_known_before_the_call() -> None:
     state = OutlierState.create(32, 16, THRESHOLD, "cpu")
     x = planted(4, 32, {7: 50.0})
-    _, first_scale, outliers, used = ops.quantize_online(x, *state.buffers(), 8, "lazy", 0, "ref")
+    _, first_scale, outliers, used = ops.quantize_online(x, *state.buffers(), "int8", "lazy", 0, "ref")
     assert int(used) == 0, "the call used a column that it found itself"
     assert not outliers.any()
     assert float(first_scale.max()) * 127 == pytest.approx(50.0)
     assert state.columns() == [7]
-    _, second_scale, _, used = ops.quantize_online(x, *state.buffers(), 8, "lazy", 0, "ref")
+    _, second_scale, _, used = ops.quantize_online(x, *state.buffers(), "int8", "lazy", 0, "ref")
     assert int(used) == 1
     assert float(second_scale.max()) * 127 <= THRESHOLD
 
@@ -195,7 +197,7 @@ def test_frozen_state_enlarges_the_row_scale_instead(miss: str) -> None:
     state.preload([3])
     state.freeze()
     x = planted(4, 32, {7: 50.0})
-    codes, scale, _, used = ops.quantize_online(x, *state.buffers(), 8, miss, 0, "ref")
+    codes, scale, _, used = ops.quantize_online(x, *state.buffers(), "int8", miss, 0, "ref")
     assert state.columns() == [3]
     assert int(used) == 1
     assert float(scale.max()) * 127 == pytest.approx(50.0)
@@ -206,7 +208,7 @@ def test_per_call_remembers_nothing_and_takes_elements_at_the_threshold() -> Non
     state = OutlierState.create(32, 16, THRESHOLD, "cpu")
     for columns in ({7: 50.0, 1: 6.0}, {2: -6.0}, {}):
         _, _, outliers, used = ops.quantize_online(
-            planted(4, 32, columns), *state.buffers(), 8, "per_call", 0, "ref"
+            planted(4, 32, columns), *state.buffers(), "int8", "per_call", 0, "ref"
         )
         assert state.columns() == sorted(columns)
         assert int(used) == len(columns)
@@ -248,7 +250,7 @@ def test_tiny_rows_have_zero_codes_and_finite_results() -> None:
     x[2] = 2.0**-97
     x[3] = 2.0**-95
     state = OutlierState.create(32, 16, THRESHOLD, "cpu")
-    codes, scale, _, _ = ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "ref")
+    codes, scale, _, _ = ops.quantize_online(x, *state.buffers(), "int8", "exact", 0, "ref")
     assert scale.isfinite().all()
     assert (scale > 0).all()
     assert not codes[:3].any()
@@ -298,10 +300,10 @@ def test_strides_and_leading_dimensions_do_not_matter(miss: str) -> None:
         "permuted dimensions": matrix.reshape(2, 3, 40).transpose(0, 1).contiguous().transpose(0, 1),
     }
     plain = OutlierState.create(40, 16, THRESHOLD, "cpu")
-    expected = ops.quantize_online(matrix, *plain.buffers(), 8, miss, 0, "ref")
+    expected = ops.quantize_online(matrix, *plain.buffers(), "int8", miss, 0, "ref")
     for name, x in spellings.items():
         state = OutlierState.create(40, 16, THRESHOLD, "cpu")
-        codes, scale, outliers, _ = ops.quantize_online(x, *state.buffers(), 8, miss, 0, "ref")
+        codes, scale, outliers, _ = ops.quantize_online(x, *state.buffers(), "int8", miss, 0, "ref")
         assert torch.equal(codes.reshape(6, 40), expected[0]), name
         assert torch.equal(scale.reshape(6), expected[1]), name
         assert torch.equal(outliers.reshape(6, 16), expected[2]), name
@@ -311,8 +313,8 @@ def test_strides_and_leading_dimensions_do_not_matter(miss: str) -> None:
 def test_readers_of_one_input_learn_its_columns_once() -> None:
     state = OutlierState.create(32, 16, THRESHOLD, "cpu")
     x = planted(4, 32, {7: 50.0, 30: 8.0})
-    first = ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "ref")
-    second = ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "ref")
+    first = ops.quantize_online(x, *state.buffers(), "int8", "exact", 0, "ref")
+    second = ops.quantize_online(x, *state.buffers(), "int8", "exact", 0, "ref")
     assert state.columns() == [7, 30]
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
@@ -322,7 +324,7 @@ def test_same_state_and_input_give_the_same_bits() -> None:
     runs = []
     for _ in range(2):
         state = OutlierState.create(64, 16, THRESHOLD, "cpu")
-        outputs = ops.quantize_online(x, *state.buffers(), 8, "exact", 0, "ref")
+        outputs = ops.quantize_online(x, *state.buffers(), "int8", "exact", 0, "ref")
         runs.append([*outputs, *state.buffers()])
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
@@ -336,7 +338,7 @@ def test_small_calls_take_the_weight_only_path_and_learn_nothing(known: list[int
     weight = planted(24, 32, {}, seed=1)
     codes, scale = quantize_weight(weight, WeightRecipe(TensorFormat(8)))
     cached, cache = torch.full((16,), -1, dtype=torch.int32), torch.zeros(24, 16)
-    quantized = ops.quantize_online(x, *state.buffers(), 8, "exact", 4, "ref")
+    quantized = ops.quantize_online(x, *state.buffers(), "int8", "exact", 4, "ref")
     ops.refresh_outlier_weights(
         quantized[0], state.index, quantized[3], [cached], [cache], [codes], [scale], [weight], 4, "ref"
     )

@@ -33,7 +33,7 @@ def test_all_operators_switch_at_the_same_number_of_rows(kernel: str, rows: int,
     state = OutlierState.create(32, 16, 6.0, "cpu")
     codes, scale = torch.randint(-9, 9, (24, 32), dtype=torch.int8), torch.rand(24)
     cached, held = torch.full((16,), -1, dtype=torch.int32), torch.zeros(24, 16)
-    found = ops.quantize_online(x, *state.buffers(), 8, "exact", small_m, kernel)
+    found = ops.quantize_online(x, *state.buffers(), "int8", "exact", small_m, kernel)
     ops.refresh_outlier_weights(
         found[0], state.index, found[3], [cached], [held], [codes], [scale], [torch.empty(0)], small_m, kernel
     )
@@ -50,7 +50,7 @@ def test_without_a_switch_point_no_rows_are_no_small_batch(kernel: str) -> None:
     """A fused quantization reads no x, of which it has none to give to the weight-only path."""
     state = OutlierState.create(32, 16, 6.0, "cpu")
     codes, scale = torch.zeros(24, 32, dtype=torch.int8), torch.ones(24)
-    found = ops.quantize_online(torch.empty(0, 32), *state.buffers(), 8, "exact", 0, kernel)
+    found = ops.quantize_online(torch.empty(0, 32), *state.buffers(), "int8", "exact", 0, kernel)
     outliers_for_x = found[2]
     result = ops.mixed_linear(outliers_for_x, *found, codes, scale, torch.zeros(24, 16), None, 0, kernel)
     assert result.shape == (0, 24)

@@ -8,12 +8,13 @@ from captures import ROUTES
 from linear_models import ATTENTION, captured, network, statistics
 from rewriting import NAMED, decisions, reasons, run
 
-from mixq_compile.errors import StatisticsError
+from mixq_compile.errors import OptionError, StatisticsError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.passes.annotate_outliers import calibrated_columns
 from mixq_compile.pipeline import PassError
+from mixq_compile.scheme import OutlierPolicy, QuantScheme
 from mixq_compile.schemes.registry import get_scheme
+from mixq_compile.selection.columns import calibrated_columns
 
 MAXIMA = {
     "attn.q_proj": {3: 9.0, 40: 30.0},
@@ -46,7 +47,7 @@ def test_columns_above_the_threshold_are_annotated(route: str) -> None:
         "attn.o_proj": "applied: 1 of 64 columns, of magnitude 6.5 to 6.5",
     }
     views = {Annotations(node).fqn: Annotations(node) for node in graph.walk(torch.ops.aten.linear.default)}
-    assert views["attn.q_proj"].absmax == [9.0, 30.0]
+    assert views["attn.q_proj"].column_max == [9.0, 30.0]
 
 
 def test_the_threshold_of_the_scheme_decides() -> None:
@@ -68,6 +69,28 @@ def test_with_4_bit_activations_every_slot_is_used() -> None:
     found = columns(graph)["attn.q_proj"]
     assert len(found) == 16
     assert {3, 40} <= set(found)
+
+
+@pytest.mark.parametrize(("choose", "expected"), [("above", 2), ("largest", 16)])
+@pytest.mark.parametrize("name", ["w8a8o16", "w4a8o16", "w4a4o16"])
+def test_the_policy_and_not_the_number_of_bits_says_how_many(name: str, choose: str, expected: int) -> None:
+    scheme = get_scheme(name).with_outliers(choose=choose)
+    found = calibrated_columns(statistics(MAXIMA), "attn.q_proj", scheme, 64)
+    assert found is not None
+    assert len(found[0]) == expected
+    assert {3, 40} <= set(found[0])
+
+
+@pytest.mark.parametrize("name", ["w8a8o16", "w4a8o16", "w4a4o16"])
+def test_schemes_in_older_files_choose_as_they_did(name: str) -> None:
+    written = get_scheme(name).to_json()
+    del written["outliers"]["choose"]
+    assert QuantScheme.from_json(written) == get_scheme(name)
+
+
+def test_another_choice_of_columns_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"unknown choice of columns 'most'.* Valid: above, largest"):
+        OutlierPolicy(choose="most")
 
 
 def test_each_linear_is_treated_by_its_own_scheme() -> None:

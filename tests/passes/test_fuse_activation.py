@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from captures import capture
+from rewriting import FUSED, decisions, nodes_of, run
 from torch import nn
 
 import mixq_compile as mixq
+from mixq_compile.ops.operands import set_operands
 from mixq_compile.ops.providers import KernelQuery, rejections
 from mixq_compile.passes import fuse_activation
 
@@ -99,3 +102,13 @@ def test_the_report_still_knows_both_linears():
     assert set(rows) == {"up", "down"}
     assert rows["up"].outlier_columns == (9,)
     assert rows["down"].capacity == 16
+
+
+def test_calls_that_need_the_value_with_few_rows_are_named():
+    graph = capture(FeedForward(nn.ReLU()).eval(), torch.randn(300, 64), route="export")
+    run(graph, FUSED)
+    _, second = nodes_of(graph, "mixed_linear")
+    set_operands(second, small_m=4)
+    (decision,) = decisions(run(graph, f"{FUSED},fuse-activation"), "fuse-activation")
+    assert decision.reason == f"with few rows these need the value itself: {second.name}"
+    assert decision.details == {"blamed": [second.name]}

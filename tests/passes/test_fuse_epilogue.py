@@ -78,4 +78,6 @@ def test_a_dequantize_of_something_else_stays() -> None:
         doubled = graph.call(torch.ops.aten.mul.Tensor, (accumulator, 2))
     set_operands(dequantized, accumulator=doubled)
     history = run(graph, FUSED)
-    assert reasons(history, "fuse-epilogue") == {"0": "skipped: what it reads is no result of mixed_gemm"}
+    assert reasons(history, "fuse-epilogue") == {
+        "0": f"skipped: what it reads is no result of mixed_gemm: {doubled.name}"
+    }

@@ -280,7 +280,9 @@ def test_a_result_that_leaves_the_graph() -> None:
             return self.one(x), self.other(x)
 
     graph = rewritten(Pair(), "dynamo", MERGED)
-    assert decided(graph)["one"].startswith("skipped: a result leaves the graph")
+    (decision,) = decisions(graph.history, "merge-siblings")
+    assert decision.reason.startswith("a result leaves the graph")
+    assert decision.details["blamed"] == [decision.node], "its own result is what leaves"
 
 
 def test_a_result_that_is_written() -> None:
@@ -338,7 +340,9 @@ def test_another_scheme_is_left_alone(layers: str) -> None:
     model = readers(joined, (64, 32, 32))
     graph = rewritten(model, "dynamo", text)
     found = decided(graph)
-    assert found["linears.0"] == "skipped: its siblings have another scheme, policy or columns"
+    assert found["linears.0"].startswith(
+        "skipped: it has siblings with another scheme, policy or columns: mixed"
+    )
     assert found["linears.1"].startswith("applied: one product with linears.2")
     x = rows(6, columns=(3,))
     assert sqnr(model(x), call(graph, x)) > 15
@@ -363,7 +367,9 @@ def test_other_calibrated_columns_are_left_alone() -> None:
     stats = statistics({"linears.0": {3: 9.0}, "linears.1": {4: 9.0}})
     text = MERGED.replace(CHOSEN, f"{CHOSEN},annotate-outliers")
     graph = rewritten(readers(gated), "dynamo", text, stats=stats)
-    assert set(decided(graph).values()) == {"skipped: its siblings have another scheme, policy or columns"}
+    first, second = decisions(graph.history, "merge-siblings")
+    assert first.reason == f"it has siblings with another scheme, policy or columns: {second.node}"
+    assert second.details == {"blamed": [first.node]}
 
 
 def test_automatic_merging_asks_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,9 @@ BEFORE = {
         "fuse-epilogue"
     ),
     "annotate-outliers": "canonicalize-linear,select-scheme{force=true}",
+    "equalize-inputs": "strip-guards,canonicalize-linear,select-scheme{force=true}",
+    "fold-input-scales": "strip-guards,canonicalize-linear,select-scheme{force=true},equalize-inputs",
+    "rotate-inputs": "strip-guards,canonicalize-linear,select-scheme{force=true}",
 }
 """Passes to run before one, where that is not the passes before it in `jit`."""
 

@@ -14,10 +14,11 @@ from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops import providers
 from mixq_compile.ops.providers import KernelQuery, Provider
-from mixq_compile.passes.select_scheme import SelectScheme, name_matches
+from mixq_compile.passes.select_scheme import SelectScheme
 from mixq_compile.pipeline import PassError
 from mixq_compile.runtime.weight_store import WeightStore
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.selection.eligibility import name_matches
 
 
 def select(
@@ -127,6 +128,17 @@ def test_reasons_of_linears_that_cannot_be_quantized(route: str) -> None:
     }
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_weight_that_something_else_makes_or_reads_names_it(route: str) -> None:
+    graph = captured(Odd(), route)
+    history = run(graph, f"{NAMED},select-scheme{{force=true}}")
+    blamed = {each.fqn: each.details.get("blamed") for each in decisions(history, "select-scheme")}
+    names = {node.name: node for node in graph.graph.nodes}
+    assert "mul" in str(names[blamed["scaled"][0]].target)
+    assert "embedding" in str(names[blamed["reader"][0]].target)
+    assert blamed["narrow"] is None, "nothing else is to blame for its size"
+
+
 class TestSpeed:
     """Decisions by what a provider says about its speed."""
 
@@ -205,6 +217,20 @@ class TestSpeed:
         assert found["q_proj"].startswith("applied")
         assert found["k_proj"].startswith("skipped")
 
+    def test_siblings_that_are_always_merged_are_judged_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the provider says of merging: what runs is the one product."""
+        providers.load_providers()
+        fast = Provider(
+            "mixed_linear", "fast", lambda: None, lambda query: True, 9,
+            speedup=lambda query, rows: 1.2 if (query.out_features or 0) >= 64 else 0.8,
+            merges=lambda query: "it is slower",
+        )  # fmt: skip
+        monkeypatch.setitem(providers._PROVIDERS, "mixed_linear", {"fast": fast})
+        found = select(captured(Attention(), "dynamo"), "ignore=")
+        assert found["k_proj"] == "skipped: not faster with fast: 0.80x at 6 rows"
+        found = select(captured(Attention(), "dynamo"), "ignore= merge_siblings=always")
+        assert found["k_proj"] == "applied: scheme w8a8o16"
+
     def test_siblings_are_judged_as_the_one_product_they_become(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -218,7 +244,7 @@ class TestSpeed:
         monkeypatch.setitem(providers._PROVIDERS, "mixed_linear", {"fast": fast})
         found = select(captured(Attention(), "dynamo"), "ignore=")
         assert all(text.startswith("applied") for text in found.values())
-        found = select(captured(Attention(), "dynamo"), "ignore= together=false")
+        found = select(captured(Attention(), "dynamo"), "ignore= merge_siblings=never")
         assert found["k_proj"] == "skipped: not faster with fast: 0.80x at 6 rows"
         found = select(captured(Attention(), "dynamo"), "ignore=q_proj,v_proj")
         assert found["k_proj"].startswith("skipped"), "it was judged with siblings that stay as they are"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import mixq_compile as mixq
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ops.operands import operand, producer, set_operands
-from mixq_compile.pipeline import Fuel
+from mixq_compile.pipeline import Fuel, PassContext, PassError, Pipeline
+from mixq_compile.pipeline.runner import run_passes
 from mixq_compile.runtime.weight_store import STORE, WeightStore
 
 
@@ -78,9 +79,13 @@ def test_another_scheme_is_not_shared_and_says_so(options: str) -> None:
     graph = shared("dynamo", Attention(), SHARED.replace("force=true", f"force=true {options}"))
     found = reasons(graph.history, "share-quantize")
     assert found["q_proj"].startswith("applied: shares the quantization of v_proj")
-    assert found["k_proj"] == (
-        "skipped: reads a value that others quantize with another scheme, policy or columns"
-    )
+    (kept,) = [each for each in decisions(graph.history, "share-quantize") if each.fqn == "k_proj"]
+    (blamed,) = kept.details["blamed"]
+    what = "reads a value that others quantize with another scheme, policy or columns"
+    assert kept.reason == f"{what}: {blamed}"
+    assert kept.verdict == "skipped"
+    quantizations = {node.name for node in nodes_of(graph, "quantize_online")}
+    assert blamed in quantizations - {kept.node}
 
 
 def test_other_calibrated_columns_are_not_shared() -> None:
@@ -244,3 +249,33 @@ def test_every_reading_of_a_result_moves_to_the_shared_one() -> None:
     run(graph, SHARED, weights=store)
     assert mixq_calls(graph).count("quantize_online") == 2
     assert producer(operand(dequantized, "scale")) is nodes_of(graph, "quantize_online")[0]
+
+
+SWAPPED = "strip-guards,expand-linear"
+
+
+def swapped(route: str = "export") -> CapturedGraph:
+    torch.manual_seed(0)
+    return captured(mixq.quantize(Attention().eval()), route)
+
+
+def test_a_run_without_a_store_says_what_is_missing() -> None:
+    """Where modules bring their own weights no earlier pass needs the store."""
+    with pytest.raises(PassError, match=r"share-quantize needs a store .* give PassContext a `weights`"):
+        Pipeline.parse(f"{SWAPPED},share-quantize").run(swapped(), PassContext())
+
+
+def test_a_state_that_is_computed_is_not_joined() -> None:
+    graph = swapped()
+    run(graph, SWAPPED)
+    second = nodes_of(graph, "quantize_online")[1]
+    state = operand(second, "column_max")
+    with graph.graph.inserting_before(second):
+        doubled = graph.call(torch.ops.aten.clone.default, (state,), like=second)
+    set_operands(second, column_max=doubled)
+    step = Pipeline.parse("share-quantize").passes
+    history = run_passes(step, "share-quantize", graph, PassContext(weights=WeightStore()), "full", True)
+    (found,) = [each for each in decisions(history, "share-quantize") if each.verdict == "skipped"]
+    assert found.reason == f"an outlier state is computed, not a buffer: {doubled.name}"
+    assert found.details == {"blamed": [doubled.name]}
+    assert operand(second, "column_max") is doubled

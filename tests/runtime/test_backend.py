@@ -163,16 +163,16 @@ class TestRecompilation:
     @pytest.fixture
     def packings(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         """Every weight that is packed."""
-        from mixq_compile.runtime import weight_store
+        from mixq_compile.runtime.stored_weight import StoredWeight
 
         seen: list[Any] = []
-        original = weight_store.quantize_weight
+        original = StoredWeight.solve
 
-        def counting(weight: Tensor, fmt: Any) -> Any:
+        def counting(key: Any, weight: Tensor, statistics: Any) -> Any:
             seen.append(weight.shape)
-            return original(weight, fmt)
+            return original(key, weight, statistics)
 
-        monkeypatch.setattr(weight_store, "quantize_weight", counting)
+        monkeypatch.setattr(StoredWeight, "solve", staticmethod(counting))
         return seen
 
     @pytest.mark.parametrize("dynamic", [None, False])

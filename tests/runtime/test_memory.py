@@ -9,7 +9,9 @@ import torch
 from compiling import block, compiled, rows
 
 from mixq_compile.errors import MixqError
+from mixq_compile.ops.joint_rows import held_bytes
 from mixq_compile.runtime import memory
+from mixq_compile.runtime.weight_store import STORE, WeightStore
 from mixq_compile.schemes.registry import get_scheme
 
 
@@ -21,21 +23,28 @@ def test_packing_that_does_not_fit_is_refused_before_it_begins(monkeypatch: pyte
     message = str(caught.value)
     assert "mixq_compile.quantize(model) swaps the linears" in message
     assert "'release_weights': True" in message
-    from mixq_compile.runtime.weight_store import STORE
-
     assert not any(STORE.codes(weight) for weight in model.parameters())
 
 
 def test_a_reserve_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(1000, 1000, dtype=torch.bfloat16)
     scheme = get_scheme("w8a8o16")
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_040_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_124_000)
     with pytest.raises(MixqError, match="packing 1 weights"):
         memory.check([(weight, scheme)], keeps_originals=True)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_060_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_134_000)
     memory.check([(weight, scheme)], keeps_originals=True)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 600_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 620_000)
     memory.check([(weight, get_scheme("w4a8o16"))], keeps_originals=True)
+
+
+@pytest.mark.parametrize("name", ["w8a8o16", "w4a4o16", "w8a8", "w8a16"])
+def test_what_is_counted_is_what_packing_keeps(name: str) -> None:
+    """Outlier columns are a sixteenth of the codes and more: as much as the reserve."""
+    weight, scheme = torch.randn(80, 3000, dtype=torch.bfloat16), get_scheme(name)
+    packed = WeightStore().pack(weight, scheme, torch.bfloat16)
+    kept = (packed.weight_codes, packed.weight_scale, packed.outlier_weight, packed.cached_index)
+    assert memory.packed_bytes(weight, scheme) == sum(held_bytes(tensor) for tensor in kept)
 
 
 def test_an_unknown_amount_of_memory_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,8 +61,8 @@ def test_the_message_gives_the_figure_and_both_remedies(
             [(torch.zeros(64, 64, dtype=torch.bfloat16), get_scheme("w8a8o16"))], keeps_originals=True
         )
     (record,) = caplog.records
-    # A byte for two, and four bytes of scale for each row of 128.
-    assert "1.53 times the memory" in record.message
+    # For each row of 128 bytes 64 of codes and 4 of scale, and 16 columns of 2 bytes with 4 of index each.
+    assert "1.79 times the memory" in record.message
     assert "mixq_compile.quantize(model)" in record.message
     assert "release_weights" in record.message
 

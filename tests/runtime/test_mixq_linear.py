@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rewriting import sqnr
 from torch import nn
 
 from mixq_compile import MixqLinear
+from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 SCHEME = get_scheme("w8a8o16")
@@ -41,17 +43,35 @@ def test_any_leading_shape(shape: tuple[int, ...], bias: bool) -> None:
 
 def test_the_16_bit_weight_is_gone() -> None:
     module = MixqLinear.from_linear(linear(), SCHEME)
-    assert sum(parameter.numel() for parameter in module.parameters()) == 48, (
-        "more than the bias is a parameter"
-    )
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    assert (48, FEATURES) not in [shape for name, shape in shapes.items() if name != "weight_codes"]
     assert module.nbytes < 48 * FEATURES * 4 * 0.7
+
+
+def test_what_tensor_parallel_shards_is_a_parameter_and_the_state_is_not() -> None:
+    module = MixqLinear.from_linear(linear(), SCHEME)
+    parameters = dict(module.named_parameters())
+    assert sorted(parameters) == ["bias", "outlier_weight", "weight_codes", "weight_scale"]
+    assert not any(parameter.requires_grad for parameter in parameters.values())
+    assert set(STATE_FIELDS) <= set(dict(module.named_buffers()))
+
+
+def test_the_first_floating_point_parameter_tells_the_dtype_of_the_model() -> None:
+    module = MixqLinear.from_linear(linear().bfloat16(), SCHEME)
+    assert next(each.dtype for each in module.parameters() if each.is_floating_point()) == torch.bfloat16
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: module.to_empty(device="cpu")])
+def test_copies_keep_rows_at_multiples_of_16_bytes(copied: Callable[[nn.Module], nn.Module]) -> None:
+    module = copied(MixqLinear.from_linear(nn.Linear(40, 32), SCHEME))
+    assert module.weight_codes.stride() == (48, 1)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "to", "double"])
 def test_a_cast_leaves_scales_and_thresholds_in_fp32(cast: str) -> None:
     module = MixqLinear.from_linear(linear(), SCHEME)
     module(rows(6, columns=(3,)))
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in module.state_dict(keep_vars=True).items()}
     moved = nn.Sequential(module)
     moved.to(torch.float16) if cast == "to" else getattr(moved, cast)()
     for name in ("weight_scale", "column_max", "effective_threshold"):

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from mixq_compile import MixqLinear
 from mixq_compile.errors import OperandError
-from mixq_compile.runtime.mixq_linear import FP32_BUFFERS
+from mixq_compile.runtime.mixq_linear import STAYS_FP32
 from mixq_compile.schemes.registry import get_scheme, scheme_names
 
 X = rows(6, columns=(3,))
 INTEGERS = ("weight_codes", "index", "column_slot", "counters", "cached_index")
-EXACT = (*FP32_BUFFERS, *INTEGERS)
+EXACT = (*STAYS_FP32, *INTEGERS)
 """Buffers that no move or cast may change."""
 
 
@@ -170,7 +170,7 @@ def test_meta_and_back() -> None:
 
 def test_a_part_that_lies_elsewhere_is_an_error() -> None:
     module = linear()
-    module.weight_codes = module.weight_codes.to("meta")
+    module.weight_codes = nn.Parameter(module.weight_codes.to("meta"), requires_grad=False)
     with pytest.raises(OperandError, match="weight_codes is on meta, and others are on cpu"):
         torch.ops.mixq.mixed_linear(
             X, torch.zeros(6, FEATURES, dtype=torch.int8), torch.ones(6), torch.zeros(6, 16),

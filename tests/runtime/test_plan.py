@@ -34,11 +34,17 @@ def test_default_options_are_the_named_pipeline() -> None:
             {"select-scheme": "select-scheme{threshold=3.0 capacity=32 miss=lazy}"},
         ),
         ({"release_weights": True}, {"rewrite-mixed-linear": "rewrite-mixed-linear{originals=false}"}),
-        ({"merge_siblings": "always"}, {"merge-siblings": "merge-siblings{when=always}"}),
+        (
+            {"merge_siblings": "always"},
+            {
+                "select-scheme": "select-scheme{merge_siblings=always}",
+                "merge-siblings": "merge-siblings{when=always}",
+            },
+        ),
         (
             {"merge_siblings": "never"},
             {
-                "select-scheme": "select-scheme{together=false}",
+                "select-scheme": "select-scheme{merge_siblings=never}",
                 "merge-siblings": "merge-siblings{when=never}",
             },
         ),

@@ -131,10 +131,10 @@ def test_a_module_loads_what_it_saved_and_a_state_from_before_tripwires() -> Non
 
 SETTINGS: dict[str, tuple[dict[str, Any], Callable[[MixqLinear], object]]] = {
     "scheme": ({"scheme": "w8a16"}, lambda m: m.scheme),
-    "threshold": ({"threshold": 3.0}, lambda m: (m.scheme.outliers, m.policy)),
+    "threshold": ({"threshold": 3.0}, lambda m: (m.scheme.outliers, m.recipe)),
     "capacity": ({"capacity": 32}, lambda m: m.outlier_state().capacity),
-    "miss policy": ({"miss": "lazy"}, lambda m: m.policy),
-    "batch_invariant": ({"batch_invariant": True}, lambda m: m.batch_invariant),
+    "miss policy": ({"miss": "lazy"}, lambda m: m.recipe),
+    "batch_invariant": ({"batch_invariant": True}, lambda m: (m.batch_invariant, m.recipe)),
     "calibrated": ({"miss": "static", "stats": True}, lambda m: m.calibrated),
     "frozen": ({"miss": "frozen", "freeze": True}, lambda m: int(m.counters[3])),
 }

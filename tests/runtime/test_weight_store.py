@@ -32,13 +32,14 @@ def test_other_caches_share_the_codes(scheme, dtype: torch.dtype) -> None:  # ty
     store, weight = WeightStore(), parameter()
     one, other = store.pack(weight, EIGHT, torch.float32), store.pack(weight, scheme, dtype)
     assert one is not other
-    assert one.codes is other.codes
+    assert one.stored is other.stored
     assert one.outlier_weight is not other.outlier_weight
 
 
 def test_another_format_has_codes_of_its_own() -> None:
     store, weight = WeightStore(), parameter()
-    assert store.pack(weight, EIGHT, torch.float32).codes is not store.pack(weight, FOUR, torch.float32).codes
+    eight, four = (store.pack(weight, scheme, torch.float32) for scheme in (EIGHT, FOUR))
+    assert eight.stored is not four.stored
     assert len(store.codes(weight)) == 2
 
 
@@ -177,7 +178,7 @@ class TestRelease:
         store, weight = WeightStore(), parameter()
         packed = store.pack(weight, EIGHT, torch.float32)
         store.release(weight)
-        assert store.pack(weight, EIGHT, torch.bfloat16).codes is packed.codes
+        assert store.pack(weight, EIGHT, torch.bfloat16).stored is packed.stored
         with pytest.raises(MixqError, match=r"cannot be packed again with other options .scheme 'w4a8o16'."):
             store.pack(weight, FOUR, torch.float32)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Sequence
+from types import ModuleType
 
-from mixq_compile.calibration.collected import gram, sample
 from mixq_compile.errors import OptionError, unknown_name
 
-KINDS = ("channels", "gram", "sample")
+CHANNELS = "channels"
+FURTHER: dict[str, ModuleType] = {
+    module.name: importlib.import_module(f"{__name__}.{module.name}")
+    for module in pkgutil.iter_modules(__path__)
+    if module.name != CHANNELS
+}
+"""The kinds that are collected on demand, one tensor each: every module of this folder but `channels`."""
+KINDS = (CHANNELS, *FURTHER)
 """Every kind, in the order in which they are listed and hashed."""
-FURTHER = {"gram": gram, "sample": sample}
-"""The kinds that are collected on demand: one tensor each."""
 
 
 def checked_kinds(kinds: Sequence[str]) -> tuple[str, ...]:

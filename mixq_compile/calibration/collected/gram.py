@@ -29,6 +29,9 @@ class GramAccumulator:
         return ((self.total + self.total.mT) / 2).float().cpu()
 
 
+ACCUMULATOR = GramAccumulator
+
+
 def working_bytes(in_features: int) -> int:
     """Bytes on the linear's device while it is collected."""
     return in_features * in_features * 8

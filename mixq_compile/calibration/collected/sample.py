@@ -58,6 +58,9 @@ class SampleAccumulator:
         self._next += math.floor(step) + 1
 
 
+ACCUMULATOR = SampleAccumulator
+
+
 def working_bytes(in_features: int) -> int:
     """Bytes on the linear's device while it is collected."""
     return ROWS * in_features * 4

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mixq_compile.errors import KernelError
+from mixq_compile.ops.activation_functions import QUANTIZING
 from mixq_compile.ops.weight_codes import weight_bits
 
 CPU = torch.device("cpu")
 """Where every tensor whose address a kernel gets must be, whatever torch's default device is."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+ACTIVATIONS = {name: number for number, name in enumerate(QUANTIZING)}
 """What a kernel can apply to a linear's result, and its number there; `gelu` is the exact one."""
 
 
@@ -53,7 +54,7 @@ class QuantizeArguments(Structure):
     """State and results of one quantization."""
 
     _fields_ = _fields(
-        "index column_slot counters threshold codes scale outliers used",
+        "index column_slot counters threshold codes scale outliers used row_mask",
         "columns capacity codes_stride",
         "largest_code threads",
     )

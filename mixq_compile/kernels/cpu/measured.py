@@ -60,7 +60,7 @@ def _mixed_ratio(dtype: torch.dtype, bits: int, rows: int, in_features: int, fea
         **state.named_buffers(),
         **_given(x, codes, scale),
         "outlier_weight": weight[:, :1].repeat(1, capacity),
-        "bits": 8,
+        "format": "int8",
         "miss": "exact",
         "small_m": 0,
     }

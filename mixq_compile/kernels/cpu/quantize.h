@@ -22,10 +22,13 @@ struct QuantizeArguments {
     float* scale;                // [M]
     void* outliers;              // [M, C]
     int32_t* used;               // the number of outlier columns that the results hold
+    const bool* row_mask;        // [M], false where a row teaches nothing; null: every row may
     int64_t columns, capacity, codes_stride;
     int32_t largest_code, threads;
 
     int32_t count() const { return counters ? counters[0] : 0; }
+
+    bool may_teach(int64_t row) const { return !row_mask || row_mask[row]; }
 
     bool masked() const {
         bool any = false;
@@ -137,7 +140,7 @@ float quantize_rows(const QuantizeArguments& arguments, const T* x, int64_t stri
 #pragma omp parallel for num_threads(arguments.threads) schedule(static) reduction(max : largest)
     for (int64_t row = 0; row < rows; row++) {
         const int32_t row_largest = quantize_row<MASKED, T, T>(arguments, x + row * stride, stride, row);
-        if (row_largest > largest) largest = row_largest;
+        if (row_largest > largest && arguments.may_teach(row)) largest = row_largest;
     }
     return as_float(largest);
 }

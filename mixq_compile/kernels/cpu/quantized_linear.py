@@ -36,8 +36,8 @@ def quantized_linear(
     weight_scale: Tensor,
     outlier_weight: Tensor,
     bias: Tensor | None,
-    activation: str,
-    bits: int,
+    function: str,
+    format: str,
     miss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where no row exceeds the threshold the numbers are neither written to memory nor rounded to dtype."""
@@ -48,10 +48,10 @@ def quantized_linear(
     fits = rows >= ROWS_WORTH_FUSING and features * in_features <= LARGEST_FUSED_WEIGHT
     if fits and miss != "per_call":
         state = STATES.current(shared)
-        call = Quantization(leading, features, dtype, state[0], state[1], bits)
-        linear = operands.arguments(None, torch.float32, activation)
+        call = Quantization(leading, features, dtype, state[0], state[1], format)
+        linear = operands.arguments(None, torch.float32, function)
         next_state = call.arguments(state[3], None if miss == "static" else state[4])
         if not library().mixq_quantized_linear(byref(linear), byref(next_state), type_number(dtype)):
             return *call.results(), call.used
-    numbers = operands.multiply(torch.empty((*leading, features), dtype=dtype, device=CPU), activation)
-    return quantize_online(numbers, *shared, bits, miss, 0)  # type: ignore[no-any-return]
+    numbers = operands.multiply(torch.empty((*leading, features), dtype=dtype, device=CPU), function)
+    return quantize_online(numbers, *shared, format, miss, 0)  # type: ignore[no-any-return]

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from mixq_compile.kernels.ref.linears import dequantize, mixed_gemm, weight_only_linear
 from mixq_compile.kernels.ref.quantization import PRIORITY, supports
+from mixq_compile.ops.activation_functions import FUNCTIONS
 from mixq_compile.ops.providers import provider
 from mixq_compile.ops.small_batch import is_small_batch
-
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-}
 
 
 def activated(product: Tensor, function: str, gated: bool) -> Tensor:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixq_compile.formats import TensorFormat
 from mixq_compile.kernels.ref.quantization import PRIORITY, supports
 from mixq_compile.ops.outlier_state import COUNT
-from mixq_compile.ops.providers import provider
+from mixq_compile.ops.providers import KernelQuery, provider
 from mixq_compile.ops.small_batch import is_small_batch
-from mixq_compile.ops.weight_codes import dequantize_weight, integer_codes
+from mixq_compile.ops.weight_codes import (
+    dequantize_weight,
+    integer_codes,
+)
+from mixq_compile.weights import packing, rounding
 
 
 @provider("mixed_gemm", name="ref", priority=PRIORITY, supports=supports)
@@ -25,6 +30,13 @@ def mixed_gemm(
     return accumulator, (columns @ outlier_weight[:, :used].double().T).float()
 
 
+def _rounded(result: Tensor, bias: Tensor | None, addend: Tensor | None, dtype: torch.dtype) -> Tensor:
+    for added in (bias, addend):
+        if added is not None:
+            result = result + added.float()
+    return result.to(dtype)
+
+
 @provider("dequantize", name="ref", priority=PRIORITY, supports=supports)
 def dequantize(
     x: Tensor,
@@ -33,11 +45,10 @@ def dequantize(
     scale: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     result = accumulator.float() * scale[..., None] * weight_scale + outlier_product
-    if bias is not None:
-        result = result + bias.float()
-    return result.to(x.dtype)
+    return _rounded(result, bias, addend, x.dtype)
 
 
 @provider("mixed_linear", name="ref", priority=PRIORITY, supports=supports)
@@ -52,17 +63,37 @@ def mixed_linear(
     outlier_weight: Tensor,
     bias: Tensor | None,
     small_m: int,
+    addend: Tensor | None = None,
 ) -> Tensor:
     if is_small_batch(codes, small_m):
-        return weight_only_linear(x, weight_codes, weight_scale, bias)  # type: ignore[no-any-return]
+        return weight_only_linear(x, weight_codes, weight_scale, bias, addend)  # type: ignore[no-any-return]
     accumulator, product = mixed_gemm(codes, outliers, count, weight_codes, outlier_weight)
-    return dequantize(x, accumulator, product, scale, weight_scale, bias)  # type: ignore[no-any-return]
+    return dequantize(  # type: ignore[no-any-return]
+        x, accumulator, product, scale, weight_scale, bias, addend
+    )
 
 
-@provider("weight_only_linear", name="ref", priority=PRIORITY, supports=supports)
-def weight_only_linear(x: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    weight = dequantize_weight(weight_codes, weight_scale, x.shape[-1])
+def _supports_weight_only(query: KernelQuery) -> bool | str:
+    if "weight_format" in query.operands:
+        return True
+    return supports(query)
+
+
+@provider("weight_only_linear", name="ref", priority=PRIORITY, supports=_supports_weight_only)
+def weight_only_linear(
+    x: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None = None,
+    weight_zero: Tensor | None = None,
+    weight_format: str = "",
+) -> Tensor:
+    if weight_format:
+        fmt = TensorFormat.parse(weight_format)
+        codes = packing.unpack(weight_codes, fmt, x.shape[-1])
+        weight = rounding.values(codes, weight_scale, weight_zero, fmt)
+    else:
+        weight = dequantize_weight(weight_codes, weight_scale, x.shape[-1])
     result = (x.double() @ weight.double().T).float()
-    if bias is not None:
-        result = result + bias.float()
-    return result.to(x.dtype)
+    return _rounded(result, bias, addend, x.dtype)

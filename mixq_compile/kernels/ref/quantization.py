@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from mixq_compile.ops.activation_codes import largest_code
 from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW, TEACHING_LIMIT
 from mixq_compile.ops.providers import KernelQuery, provider, refused_format
 from mixq_compile.ops.small_batch import is_small_batch
@@ -24,7 +25,7 @@ def supports(query: KernelQuery) -> bool | str:
     return refused_format(query) or True
 
 
-def _finite_rows(values: Tensor) -> Tensor:
+def finite_rows(values: Tensor) -> Tensor:
     return torch.isfinite(values).all(dim=1)
 
 
@@ -34,9 +35,8 @@ def _row_maximum(values: Tensor, column_slot: Tensor, rows: Tensor) -> Tensor:
     return inner.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
 
 
-def _codes_and_scale(values: Tensor, column_slot: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    largest_code = 2 ** (bits - 1) - 1
-    finite = _finite_rows(values)
+def _codes_and_scale(values: Tensor, column_slot: Tensor, largest_code: int) -> tuple[Tensor, Tensor]:
+    finite = finite_rows(values)
     row_maximum = _row_maximum(values, column_slot, finite)
     # With a number in place of a tensor torch would round twice, multiplying by a reciprocal: `number /
     # tensor` everywhere, `tensor / number` on GPUs.
@@ -54,32 +54,32 @@ def teaching(scale: Tensor) -> Tensor:
     return scale < TEACHING_LIMIT
 
 
-def _extract(x: Tensor, index: Tensor, count: int) -> Tensor:
+def extract(x: Tensor, index: Tensor, count: int) -> Tensor:
     """The outlier columns of x, by slot; zero in the slots from `count` on."""
     outliers = x.new_zeros(x.shape[0], index.shape[0])
     outliers[:, :count] = x[:, index[:count].long()]
     return outliers
 
 
-def _shaped(x: Tensor, codes: Tensor, scale: Tensor, outliers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def shaped(x: Tensor, codes: Tensor, scale: Tensor, outliers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     leading = tuple(x.shape[:-1])
     aligned = aligned_empty(leading, x.shape[-1], torch.int8, x.device)
     aligned.copy_(codes.reshape(x.shape))
     return aligned, scale.reshape(leading), outliers.reshape(*leading, outliers.shape[-1])
 
 
-def _rows(x: Tensor) -> int:
+def rows_of(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
 @provider("quantize", name="ref", priority=PRIORITY, supports=supports)
 def quantize(
-    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, bits: int, small_m: int
+    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, format: str, small_m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    matrix = x.reshape(_rows(x), x.shape[-1])
-    codes, scale = _codes_and_scale(matrix.float(), column_slot, bits)
-    outliers = _extract(matrix, index, int(count[COUNT]) if index.shape[0] else 0)
-    return _shaped(x, codes, scale, outliers)
+    matrix = x.reshape(rows_of(x), x.shape[-1])
+    codes, scale = _codes_and_scale(matrix.float(), column_slot, largest_code(format))
+    outliers = extract(matrix, index, int(count[COUNT]) if index.shape[0] else 0)
+    return shaped(x, codes, scale, outliers)
 
 
 def _largest(pool: list[tuple[float, int]], room: int) -> list[tuple[float, int]]:
@@ -157,6 +157,13 @@ def replace(
     counters[COUNT] = len(kept)
 
 
+def among(teaches: Tensor | None, row_mask: Tensor | None, values: Tensor) -> Tensor | None:
+    """Of the rows of values `[M, K]` that teach those which `row_mask` `[...]` lets teach: for `learn`."""
+    if row_mask is None:
+        return teaches
+    return (finite_rows(values) if teaches is None else teaches) & row_mask.reshape(-1)
+
+
 def learn(values: Tensor, teaches: Tensor | None, state: State, miss: str) -> State:
     """Changes a state by the columns of values `[M, K]` as the policy says; returns the one that now holds.
 
@@ -165,7 +172,7 @@ def learn(values: Tensor, teaches: Tensor | None, state: State, miss: str) -> St
     That is the state itself, or this call's copy of it where other threads read it. Under `lazy` what is
     learned holds for later calls only.
     """
-    maxima = column_maxima(values, _finite_rows(values) if teaches is None else teaches)
+    maxima = column_maxima(values, finite_rows(values) if teaches is None else teaches)
     if miss == "per_call":
         return STATES.learn(state, functools.partial(replace, maxima), remembered=False)
     if miss == "lazy":
@@ -182,32 +189,33 @@ def quantize_online(
     column_max: Tensor,
     counters: Tensor,
     effective_threshold: Tensor,
-    bits: int,
+    format: str,
     miss: str,
     small_m: int,
+    row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    matrix = x.reshape(_rows(x), x.shape[-1])
+    matrix = x.reshape(rows_of(x), x.shape[-1])
     if is_small_batch(matrix, small_m) or not matrix.numel():
-        codes, scale = _codes_and_scale(matrix.float(), column_slot, bits)
-        return *_shaped(x, codes, scale, _extract(matrix, index, 0)), torch.zeros_like(counters[:1])
-    values = matrix.float()
+        codes, scale = _codes_and_scale(matrix.float(), column_slot, largest_code(format))
+        return *shaped(x, codes, scale, extract(matrix, index, 0)), torch.zeros_like(counters[:1])
+    values, largest = matrix.float(), largest_code(format)
     shared = (index, column_slot, column_max, counters, effective_threshold)
     state = STATES.current(shared)
     learns = miss != "static" and not int(counters[FROZEN])
     if learns and miss == "per_call":
-        state = learn(values, None, shared, miss)
-    codes, scale = _codes_and_scale(values, state[1], bits)
-    teaches = teaching(scale)
+        state = learn(values, among(None, row_mask, values), shared, miss)
+    codes, scale = _codes_and_scale(values, state[1], largest)
+    teaches = teaching(scale) if row_mask is None else teaching(scale) & row_mask.reshape(-1)
     row_maximum = _row_maximum(values, state[1], teaches)
     exceeded = learns and miss != "per_call" and bool((row_maximum > state[4]).any())
     if exceeded and miss != "lazy":
         state = learn(values, teaches, shared, miss)
-        codes, scale = _codes_and_scale(values, state[1], bits)
+        codes, scale = _codes_and_scale(values, state[1], largest)
     index, _, _, counters, _ = state
     count = int(counters[COUNT])
-    outliers = _extract(matrix, index, count)
+    outliers = extract(matrix, index, count)
     if exceeded and miss == "lazy":
         learn(values, teaches, shared, miss)
     counters[FLAG] = 0
     used = torch.full_like(counters[:1], count)
-    return *_shaped(x, codes, scale, outliers), used
+    return *shaped(x, codes, scale, outliers), used

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from mixq_compile.kernels.ref.linears import mixed_linear
 from mixq_compile.kernels.ref.quantization import PRIORITY, quantize_online, supports
+from mixq_compile.ops.activation_functions import FUNCTIONS
 from mixq_compile.ops.providers import provider
-
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": torch.clone,
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-}
 
 
 @provider("quantized_linear", name="ref", priority=PRIORITY, supports=supports)
@@ -33,8 +25,8 @@ def quantized_linear(
     weight_scale: Tensor,
     outlier_weight: Tensor,
     bias: Tensor | None,
-    activation: str,
-    bits: int,
+    function: str,
+    format: str,
     miss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The linear's operands, then the state of its value."""
@@ -42,5 +34,4 @@ def quantized_linear(
         outliers, codes, scale, outliers, count, weight_codes, weight_scale, outlier_weight, bias, 0
     )
     state = (index, column_slot, column_max, counters, effective_threshold)
-    function = FUNCTIONS[activation]
-    return quantize_online(function(value), *state, bits, miss, 0)  # type: ignore[no-any-return]
+    return quantize_online(FUNCTIONS[function](value), *state, format, miss, 0)  # type: ignore[no-any-return]

@@ -34,7 +34,7 @@ _TEACHING_LIMIT = tl.constexpr(TEACHING_LIMIT)
 
 @triton.jit
 def _column_maxima(
-    x, scale, maxima, strip, rows, columns, splits, x_stride,
+    x, scale, row_mask, maxima, strip, rows, columns, splits, x_stride,
     POLICY: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Bits of the column maxima of every `splits`-th tile of rows, over rows that teach; NaN never does."""
@@ -47,6 +47,8 @@ def _column_maxima(
         row = start + tl.arange(0, TILE_ROWS)
         row_scale = tl.load(scale + row, mask=row < rows, other=float("nan"))
         teaches = row_scale == row_scale if POLICY == _REPLACE else row_scale < _TEACHING_LIMIT
+        if row_mask is not None:
+            teaches = teaches & (tl.load(row_mask + row, mask=row < rows, other=0) != 0)
         mask = teaches[:, None] & inside[None, :]
         values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
         bits = values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -220,6 +222,7 @@ def grow_state(
     counters,  # [4] int32
     effective_threshold,  # [1] fp32
     scratch,  # int32, see scratch_for
+    row_mask,  # [M] bool, false where a row teaches nothing, or None
     rows,
     columns,
     slots,
@@ -235,8 +238,9 @@ def grow_state(
     maxima = scratch + _HEADER + columns
     for strip in range(tl.program_id(0), tl.cdiv(columns, TILE_COLUMNS) * splits, tl.num_programs(0)):
         _column_maxima(
-            x, scale, maxima, strip, rows, columns, splits, x_stride, POLICY, TILE_ROWS, TILE_COLUMNS
-        )
+            x, scale, row_mask, maxima, strip, rows, columns, splits, x_stride, POLICY, TILE_ROWS,
+            TILE_COLUMNS,
+        )  # fmt: skip
     # All threads of a program must have written before its one atomic publishes that.
     tl.debug_barrier()
     done = tl.atomic_add(scratch + _TICKET, 1)

@@ -38,6 +38,7 @@ from mixq_compile.kernels.tl.toolkit import (
     tl,
     triton,
 )
+from mixq_compile.ops.activation_codes import largest_code
 from mixq_compile.ops.outlier_state import FLAG
 from mixq_compile.ops.providers import provider
 from mixq_compile.ops.small_batch import is_small_batch
@@ -64,6 +65,7 @@ def _quantize(
     effective_threshold,  # [1] fp32
     count_used,  # [1] int32
     scratch,  # int32, see growth
+    row_mask,  # [M] bool, or None
     rows,
     columns,
     slots,
@@ -82,7 +84,8 @@ def _quantize(
         await_previous_launch()
     quantize_rows(
         x, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used, scratch,
-        rows, columns, slots, x_stride, codes_stride, LARGEST_CODE, MODE, PART, PARTS, HOLDS, AHEAD, SLOTS,
+        row_mask, rows, columns, slots, x_stride, codes_stride, LARGEST_CODE, MODE, PART, PARTS, HOLDS,
+        AHEAD, SLOTS,
     )  # fmt: skip
 
 
@@ -99,6 +102,7 @@ def _learn(
     effective_threshold,
     count_used,
     scratch,
+    row_mask,
     rows,
     columns,
     slots,
@@ -121,13 +125,13 @@ def _learn(
     if tl.load(counters + _FLAG) != 0:
         grow_state(
             x, scale, index, column_slot, column_max, counters, effective_threshold, scratch,
-            rows, columns, slots, splits, x_stride, POLICY, TILE_ROWS, TILE_COLUMNS, BLOCK, SLOTS,
+            row_mask, rows, columns, slots, splits, x_stride, POLICY, TILE_ROWS, TILE_COLUMNS, BLOCK, SLOTS,
         )  # fmt: skip
         if REPEATS:
             await_growth(scratch)
             quantize_rows(
                 x, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
-                scratch, rows, columns, slots, x_stride, codes_stride,
+                scratch, row_mask, rows, columns, slots, x_stride, codes_stride,
                 LARGEST_CODE, _SNAPSHOT, PART, PARTS, False, False, SLOTS,
             )  # fmt: skip
 
@@ -168,7 +172,8 @@ def _launch(
     effective_threshold: Tensor,
     count_used: Tensor,
     scratch: Tensor,
-    bits: int,
+    format: str,
+    row_mask: Tensor | None = None,
 ) -> None:
     rows, columns = matrix.shape
     codes, scale, outliers = outputs
@@ -178,17 +183,13 @@ def _launch(
     enqueue(
         _quantize, (programs,),
         matrix, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
-        scratch, rows, columns, slots, matrix.stride(0), codes.stride(0),
-        LARGEST_CODE=largest_code(bits), MODE=mode, PART=share.part, PARTS=ceil_div(columns, share.part),
+        scratch, row_mask, rows, columns, slots, matrix.stride(0), codes.stride(0),
+        LARGEST_CODE=float(largest_code(format)), MODE=mode, PART=share.part,
+        PARTS=ceil_div(columns, share.part),
         HOLDS=share.holds and rows > programs, AHEAD=share.ahead and rows > programs,
         SLOTS=power_of_two(slots) if slots else 0,
         num_warps=share.warps, enable_fp_fusion=False, **overlap(matrix),
     )  # fmt: skip
-
-
-def largest_code(bits: int) -> float:
-    """The largest code of so many bits, as a float."""
-    return float(2 ** (bits - 1) - 1)
 
 
 def launch_learning(
@@ -201,8 +202,9 @@ def launch_learning(
     effective_threshold: Tensor,
     count_used: Tensor,
     scratch: Tensor,
-    bits: int,
+    format: str,
     miss: str,
+    row_mask: Tensor | None,
 ) -> None:
     """Where the flag is up: learns the new columns and, unless the policy is lazy, quantizes again.
 
@@ -215,8 +217,9 @@ def launch_learning(
     enqueue(
         _learn, (1 if interpreting() else multiprocessors(matrix.device),),
         matrix, codes, scale, outliers, index, column_slot, column_max, counters, effective_threshold,
-        count_used, scratch, rows, columns, index.shape[0], matrix.stride(0), codes.stride(0),
-        LARGEST_CODE=largest_code(bits), PART=part, PARTS=ceil_div(columns, part), REPEATS=miss != "lazy",
+        count_used, scratch, row_mask, rows, columns, index.shape[0], matrix.stride(0), codes.stride(0),
+        LARGEST_CODE=float(largest_code(format)), PART=part, PARTS=ceil_div(columns, part),
+        REPEATS=miss != "lazy",
         num_warps=LEARNING_WARPS, enable_fp_fusion=False,
         launch_cooperative_grid=not interpreting(),
         **growth_options(rows, columns, index.shape[0], policy), **overlap(matrix),
@@ -239,7 +242,7 @@ def as_rows(outputs: tuple[Tensor, Tensor, Tensor], rows: int) -> tuple[Tensor, 
 
 @provider("quantize", name="tl", priority=PRIORITY, supports=supports)
 def quantize(
-    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, bits: int, small_m: int
+    x: Tensor, index: Tensor, column_slot: Tensor, count: Tensor, format: str, small_m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch; at most `small_m` rows are left unwritten, because the weight-only path reads x."""
     outputs = outputs_of(x, index.shape[0])
@@ -247,7 +250,7 @@ def quantize(
     if matrix.shape[0] and not is_small_batch(matrix, small_m):
         rows = as_rows(outputs, matrix.shape[0])
         with on_device(x):
-            _launch(FIXED, matrix, rows, index, column_slot, count, count, count, count, bits)
+            _launch(FIXED, matrix, rows, index, column_slot, count, count, count, count, format)
     return outputs
 
 
@@ -259,9 +262,10 @@ def quantize_online(
     column_max: Tensor,
     counters: Tensor,
     effective_threshold: Tensor,
-    bits: int,
+    format: str,
     miss: str,
     small_m: int,
+    row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two launches, of which the second returns at once where no row exceeds the threshold."""
     outputs = outputs_of(x, index.shape[0])
@@ -273,13 +277,14 @@ def quantize_online(
     state = (index, column_slot, counters, effective_threshold)
     with on_device(x):
         if miss == "static":
-            _launch(SNAPSHOT, matrix, rows, *state, count_used, counters, bits)
+            _launch(SNAPSHOT, matrix, rows, *state, count_used, counters, format)
             return *outputs, count_used
         scratch = scratch_for(matrix, index.shape[0])
+        mask = None if row_mask is None else row_mask.reshape(-1).contiguous()
         first = ALWAYS if miss == "per_call" else CHECK
-        _launch(first, matrix, rows, *state, count_used, scratch, bits)
+        _launch(first, matrix, rows, *state, count_used, scratch, format, mask)
         launch_learning(
             matrix, rows, index, column_slot, column_max, counters, effective_threshold, count_used, scratch,
-            bits, miss,
+            format, miss, mask,
         )  # fmt: skip
     return *outputs, count_used

@@ -75,6 +75,7 @@ def quantize_rows(
     effective_threshold,  # [1] fp32
     count_used,  # [1] int32
     scratch,  # int32, see growth
+    row_mask,  # [M] bool, false where a row teaches nothing, or None
     rows,
     columns,
     slots,
@@ -152,6 +153,8 @@ def quantize_rows(
         tl.store(scale + row, row_scale)
         if MODE == _CHECK:
             teaches = row_scale < _TEACHING_LIMIT
+            if row_mask is not None:
+                teaches = teaches & (tl.load(row_mask + row) != 0)
             tl.store(counters + _FLAG, 1, mask=(row_maximum > threshold) & teaches & learns)
 
         for part in tl.static_range(PARTS):

@@ -79,7 +79,7 @@ def measure(query: KernelQuery, rows: int) -> float:
             "cached_index": torch.full((capacity,), -1, dtype=torch.int32, device=device),
             "outlier_weight": torch.zeros(features, capacity, dtype=query.dtype, device=device),
             "original": weight,
-            "bits": 8,
+            "format": "int8",
             "miss": "exact",
             "small_m": small_batch_limit(linear_query(x, features, columns, query.weight), KERNEL),
             "kernel": KERNEL,

@@ -1,0 +1,1 @@
+"""Which linears are quantized, how and why not: what passes, `quantize` and reports decide alike."""

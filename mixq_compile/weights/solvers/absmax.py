@@ -1,0 +1,19 @@
+"""`absmax`: scales from the largest magnitude, or the extremes, so that nothing is clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mixq_compile.formats import TensorFormat
+from mixq_compile.weights import rounding
+
+NEEDS: tuple[str, ...] = ()
+
+
+def solve(
+    matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points of a weight `[N, K]`: rounded to nearest."""
+    return rounding.rounded(matrix, fmt)
