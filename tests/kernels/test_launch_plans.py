@@ -9,7 +9,7 @@ import ctypes
 import shutil
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -55,12 +55,13 @@ class Driver:
         self.stream = threading.local()
         self.failure = 0
         self.parameters = 5
+        self.reads_descriptors = False
         number, address = ctypes.c_int, ctypes.c_void_p
         self._kept = [
             ctypes.CFUNCTYPE(number, ctypes.POINTER(Launch), address, ctypes.POINTER(address), address)(
                 self._launch
             ),
-            ctypes.CFUNCTYPE(number, address, address)(lambda *_: 0),
+            ctypes.CFUNCTYPE(number, address, address)(self._readdress),
             ctypes.CFUNCTYPE(number, address, address)(lambda *_: 0),
             ctypes.CFUNCTYPE(number, number, ctypes.POINTER(ctypes.c_char_p))(self._text),
             *[ctypes.CFUNCTYPE(number, address, address, ctypes.c_uint)(lambda *_: 0)] * 3,
@@ -73,10 +74,18 @@ class Driver:
         return [ctypes.cast(function, ctypes.c_void_p).value for function in self._kept]
 
     def _launch(self, config: Any, function: int, parameters: Any, _: Any) -> int:
-        read = tuple(ctypes.c_int64.from_address(parameters[at]).value for at in range(self.parameters))
+        words = range(16 if self.reads_descriptors else 1)
+        read = tuple(
+            ctypes.c_int64.from_address(parameters[at] + 8 * word).value
+            for at in range(self.parameters) for word in words
+        )  # fmt: skip
         found = config.contents
         self.launches.append(Launched(function, (found.gx, found.gy, found.gz), found.stream or 0, read))
         return self.failure
+
+    def _readdress(self, descriptor: int, address: int) -> int:
+        ctypes.c_int64.from_address(descriptor).value = address
+        return 0
 
     def _context(self, context: Any) -> int:
         context[0] = 1
@@ -152,15 +161,23 @@ def doubled(x: Tensor, other: Tensor | None, note: str) -> Tensor:
     return out
 
 
+IMPLEMENTATION = doubled
+
+
+def implementation(*arguments: Any) -> Tensor:
+    """The operator in Python, which a test may exchange."""
+    return IMPLEMENTATION(*arguments)
+
+
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
     """The operator, by plans, over a driver that writes down what it is asked for."""
     library = torch.library.Library("mixq_tried", "DEF")
     library.define("doubled(Tensor x, Tensor? other, str note) -> Tensor")
-    library.impl("doubled", doubled, "CompositeExplicitAutograd")
+    library.impl("doubled", implementation, "CompositeExplicitAutograd")
     made = Driver()
     plan_library.use_driver(made.addresses())
-    plan_library.implement(OPERATOR, doubled, "CPU", capacity=CAPACITY)
+    plan_library.implement(OPERATOR, implementation, "CPU", capacity=CAPACITY)
     yield made
     library._destroy()
 
@@ -297,6 +314,67 @@ def test_a_failed_launch_says_which_operator_and_why(driver: Driver) -> None:
     driver.failure = 1
     with pytest.raises(RuntimeError, match=r"mixq_tried::doubled: out of sorts\."):
         call(x)
+
+
+class Described(NamedTuple):
+    """A tensor descriptor, as Triton's is."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class DescribedKernel(Kernel):
+    """A kernel that takes two matrices by descriptors."""
+
+    arg_names = ("left", "right")
+
+    class _Compiled(NamedTuple):
+        function: int = 4243
+        packed_metadata: tuple[int, int, int] = (4, 1, 64)
+
+        class metadata:
+            global_scratch_size = profile_scratch_size = 0
+            launch_pdl = launch_cooperative_grid = False
+            tensordesc_meta = ("left's", "right's")
+
+        class src:
+            signature: ClassVar[dict[str, str]] = dict.fromkeys(("left", "right"), "tensordesc<fp32[64, 64]>")
+
+    def __init__(self) -> None:
+        super().__init__(Compiled())
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda left, right: self._Compiled()
+
+
+def test_a_descriptor_gets_the_address_of_the_call_and_keeps_the_rest(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, rest = DescribedKernel(), {"left's": 100, "right's": 200}
+    monkeypatch.setattr(plan_recording, "encoded", lambda _, meta: [rest[meta] + word for word in range(16)])
+
+    def described(x: Tensor, other: Tensor | None, note: str) -> Tensor:
+        RUNS.append(note)
+        out = torch.empty_like(x)
+        enqueue(kernel, (1,), *(Described(each, (6, 8), (8, 1)) for each in (x, out)))
+        return out
+
+    monkeypatch.setattr(driver, "reads_descriptors", True)
+    monkeypatch.setattr(driver, "parameters", 1)
+    monkeypatch.setitem(globals(), "IMPLEMENTATION", described)
+    warm(torch.randn(6, 8))
+    for _ in range(2):
+        x = torch.randn(6, 8)
+        call(x)
+        assert driver.launches[-1].parameters == (x.data_ptr(), *range(101, 116))
+    monkeypatch.setattr(driver, "reads_descriptors", False)
+    monkeypatch.setattr(driver, "parameters", 12)
+    result = call(x)
+    sizes = (6, 8, 8, 1)
+    expected = (x.data_ptr(), *sizes, result.data_ptr(), *sizes, 0, 0)
+    assert driver.launches[-1].parameters == expected
+    assert len(RUNS) == 2
 
 
 def test_plans_are_forgotten_where_a_provider_is_registered(

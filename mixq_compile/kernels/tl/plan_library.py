@@ -26,7 +26,8 @@ from mixq_compile.ops.state_access import StreamOrder
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).parent / "plans.cpp"
+SOURCES = Path(__file__).parent
+MAIN_SOURCE = "plans.cpp"
 FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-w")
 SWITCH = "MIXQ_LAUNCH_PLANS"
 """Set to 0, every call launches through Python."""
@@ -50,13 +51,15 @@ def _command(program: str, target: str) -> list[str]:
     modern = int(torch.compiled_with_cxx11_abi())
     return [
         program, *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={modern}", *(f"-I{folder}" for folder in _folders()),
-        str(SOURCE), "-o", target, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10",
+        str(SOURCES / MAIN_SOURCE), "-o", target, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
 
 
 def _name(program: str) -> str:
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
+        digest.update(path.name.encode() + path.read_bytes())
     for part in (version, torch.__version__, *_command(program, "")):
         digest.update(part.encode() + b"\0")
     return f"launch_plans_{digest.hexdigest()[:16]}.so"

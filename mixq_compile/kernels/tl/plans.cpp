@@ -12,343 +12,21 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
-#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
-#include <cstdint>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
-#include "cuda.h"
+#include "plan_cache.h"
+#include "plan_data.h"
+#include "plan_driver.h"
 
 namespace {
 
-using Words = std::vector<int64_t>;
 using Stack = torch::jit::Stack;
-
-struct Driver {
-  CUresult (*launch)(const CUlaunchConfig*, CUfunction, void**, void**);
-  CUresult (*readdress)(CUtensorMap*, void*);
-  CUresult (*is_capturing)(CUstream, CUstreamCaptureStatus*);
-  CUresult (*error_text)(CUresult, const char**);
-  CUresult (*create_event)(CUevent*, unsigned);
-  CUresult (*record_event)(CUevent, CUstream);
-  CUresult (*await_event)(CUstream, CUevent, unsigned);
-  CUresult (*get_context)(CUcontext*);
-  CUresult (*get_device)(CUdevice*, int);
-  CUresult (*retain_context)(CUcontext*, CUdevice);
-  CUresult (*set_context)(CUcontext);
-  int32_t (*stream)(int32_t, void**);
-};
-Driver driver{};
-
-void check(CUresult failed, const char* what) {
-  if (!failed) return;
-  const char* text = nullptr;
-  driver.error_text(failed, &text);
-  TORCH_CHECK(false, what, ": ", text ? text : "unknown CUDA error", ".");
-}
-
-void* current_stream(int device) {
-  void* stream = nullptr;
-  driver.stream(device, &stream);
-  return stream;
-}
-
-// A thread in which nothing has used the runtime yet has no context, and the driver makes none.
-void ensure_context(int device) {
-  CUcontext context = nullptr;
-  check(driver.get_context(&context), "the CUDA context cannot be read");
-  if (context) return;
-  CUdevice handle;
-  check(driver.get_device(&handle, device), "a GPU cannot be found");
-  check(driver.retain_context(&context, handle), "a GPU's context cannot be had");
-  check(driver.set_context(context), "a GPU's context cannot be made current");
-}
-
-bool is_capturing(void* stream) {
-  auto status = CU_STREAM_CAPTURE_STATUS_NONE;
-  driver.is_capturing(static_cast<CUstream>(stream), &status);
-  return status != CU_STREAM_CAPTURE_STATUS_NONE;
-}
-
-// Plans ------------------------------------------------------------------------------------------
-
-enum Place : int64_t { OPERAND, BUFFER, FLAGS };
-enum Kind : int64_t { POINTER, NUMBER, DESCRIPTOR };
-constexpr int DESCRIPTOR_WORDS = sizeof(CUtensorMap) / sizeof(int64_t);
-
-struct Source {
-  Place place;
-  int64_t index;
-  int64_t offset;
-};
-
-struct Parameter {
-  Kind kind;
-  Source source;
-  int64_t value;
-  int64_t descriptor[DESCRIPTOR_WORDS];
-};
-
-struct Buffer {
-  int64_t elements;
-  at::ScalarType dtype;
-  std::vector<int64_t> sizes, strides;
-};
-
-struct Launch {
-  CUfunction function;
-  unsigned grid[3];
-  unsigned threads, shared_memory;
-  bool overlaps, cooperative;
-  std::vector<Parameter> parameters;
-  size_t descriptors = 0;
-};
-
-struct Plan {
-  std::vector<Buffer> buffers;
-  std::vector<int64_t> results;
-  std::vector<Launch> launches;
-  bool reads_flags = false;
-  bool ordered = false;
-};
-
-class Reader {
- public:
-  Reader(const int64_t* words, int64_t count) : next_(words), end_(words + count) {}
-  int64_t one() {
-    TORCH_CHECK(next_ != end_, "mixq: a launch plan ends too early");
-    return *next_++;
-  }
-  std::vector<int64_t> many() {
-    std::vector<int64_t> found(one());
-    for (auto& item : found) item = one();
-    return found;
-  }
-  bool done() const { return next_ == end_; }
-
- private:
-  const int64_t *next_, *end_;
-};
-
-std::shared_ptr<const Plan> read_plan(Reader words) {
-  auto plan = std::make_shared<Plan>();
-  plan->ordered = words.one();
-  plan->buffers.resize(words.one());
-  for (auto& buffer : plan->buffers) {
-    buffer.elements = words.one();
-    buffer.dtype = static_cast<at::ScalarType>(words.one());
-    buffer.sizes = words.many();
-    buffer.strides = words.many();
-  }
-  plan->results = words.many();
-  plan->launches.resize(words.one());
-  for (auto& launch : plan->launches) {
-    launch.function = reinterpret_cast<CUfunction>(words.one());
-    for (auto& size : launch.grid) size = static_cast<unsigned>(words.one());
-    launch.threads = static_cast<unsigned>(words.one());
-    launch.shared_memory = static_cast<unsigned>(words.one());
-    launch.overlaps = words.one();
-    launch.cooperative = words.one();
-    launch.parameters.resize(words.one());
-    for (auto& parameter : launch.parameters) {
-      parameter.kind = static_cast<Kind>(words.one());
-      if (parameter.kind == NUMBER) {
-        parameter.value = words.one();
-        continue;
-      }
-      parameter.source = {static_cast<Place>(words.one()), words.one(), words.one()};
-      plan->reads_flags |= parameter.source.place == FLAGS;
-      if (parameter.kind == DESCRIPTOR) {
-        launch.descriptors++;
-        for (auto& word : parameter.descriptor) word = words.one();
-      }
-    }
-  }
-  TORCH_CHECK(words.done(), "mixq: a launch plan goes on after its end");
-  return plan;
-}
-
-// Flags of a stream, which `hopper_schedule` deals out ------------------------------------------
-
-std::mutex flags_lock;
-std::unordered_map<uint64_t, void*> flags_of_stream[64];
-
-void* flags_of(int device, void* stream) {
-  std::lock_guard<std::mutex> held(flags_lock);
-  auto& known = flags_of_stream[device & 63];
-  auto found = known.find(reinterpret_cast<uint64_t>(stream));
-  return found == known.end() ? nullptr : found->second;
-}
-
-// The order of calls that learn, which those in Python enter by the functions at the end ----------
-
-struct Order {
-  std::recursive_mutex launching;
-  void* last = nullptr;
-  bool begun = false;
-  CUevent event = nullptr;
-
-  // Lets what this thread launches next on its stream wait for what the last call was given.
-  void follow(int device) {
-    ensure_context(device);
-    void* stream = current_stream(device);
-    if ((begun && stream == last) || is_capturing(stream)) return;
-    if (begun) {
-      const c10::DeviceGuard guard(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device)));
-      if (!event) check(driver.create_event(&event, CU_EVENT_DISABLE_TIMING), "an event cannot be made");
-      check(driver.record_event(event, static_cast<CUstream>(last)), "an event cannot be recorded");
-      check(driver.await_event(static_cast<CUstream>(stream), event, 0), "an event cannot be awaited");
-    }
-    begun = true;
-    last = stream;
-  }
-};
-Order orders[64];
-
-// Keys -------------------------------------------------------------------------------------------
-
-struct Operands {
-  c10::SmallVector<void*, 32> addresses;
-  c10::SmallVector<void*, 32> distinct;
-  Words& key;
-  c10::Device device{c10::DeviceType::CPU};
-  bool plain = true;
-
-  explicit Operands(Words& key) : key(key) {}
-
-  void add(const at::Tensor& tensor) {
-    if (!tensor.defined()) {
-      key.push_back(-1);
-      addresses.push_back(nullptr);
-      return;
-    }
-    auto* implementation = tensor.unsafeGetTensorImpl();
-    if (!implementation->has_storage() || tensor.is_conj() || tensor.is_neg()) {
-      plain = false;
-      return;
-    }
-    auto sizes = tensor.sizes();
-    auto strides = tensor.strides();
-    void* address = tensor.numel() ? tensor.data_ptr() : nullptr;
-    const auto place = tensor.device();
-    if (place.is_cuda() || addresses.empty()) device = place;
-    int64_t first = -1;
-    if (address) {
-      for (size_t at = 0; at < addresses.size() && first < 0; at++)
-        if (addresses[at] == address) first = static_cast<int64_t>(at);
-    }
-    key.push_back(
-        static_cast<int64_t>(tensor.scalar_type()) | static_cast<int64_t>(place.type()) << 8 |
-        static_cast<int64_t>(static_cast<uint8_t>(place.index())) << 16 |
-        static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) % 16 == 0) << 24 |
-        static_cast<int64_t>(sizes.size()) << 32);
-    key.push_back(first);
-    key.insert(key.end(), sizes.begin(), sizes.end());
-    key.insert(key.end(), strides.begin(), strides.end());
-    addresses.push_back(address);
-  }
-
-  void add(const c10::IValue& value) {
-    if (value.isTensor()) {
-      add(value.toTensor());
-    } else if (value.isNone()) {
-      key.push_back(-1);
-      addresses.push_back(nullptr);
-    } else if (value.isInt()) {
-      key.push_back(value.toInt());
-    } else if (value.isBool()) {
-      key.push_back(value.toBool());
-    } else if (value.isDouble()) {
-      const double number = value.toDouble();
-      int64_t bits;
-      std::memcpy(&bits, &number, sizeof bits);
-      key.push_back(bits);
-    } else if (value.isString()) {
-      const auto& text = value.toStringRef();
-      key.push_back(static_cast<int64_t>(text.size()));
-      for (size_t start = 0; start < text.size(); start += sizeof(int64_t)) {
-        int64_t part = 0;
-        std::memcpy(&part, text.data() + start, std::min(sizeof part, text.size() - start));
-        key.push_back(part);
-      }
-    } else if (value.isList()) {
-      const auto items = value.toListRef();
-      key.push_back(static_cast<int64_t>(items.size()));
-      for (const auto& item : items) add(item);
-    } else {
-      plain = false;
-    }
-  }
-};
-
-uint64_t hash_of(const Words& key) {
-  uint64_t hash = key.size();
-  for (const int64_t word : key) {
-    hash = (hash ^ static_cast<uint64_t>(word)) * 0x9E3779B97F4A7C15ull;
-    hash ^= hash >> 29;
-  }
-  return hash;
-}
-
-// A cache of plans: a key is met once, recorded when it is met again, then repeated ---------------
-
-enum State { UNKNOWN, MET, REFUSED, READY };
-
-struct Entry {
-  Words key;
-  State state;
-  std::shared_ptr<const Plan> plan;
-  uint64_t used;
-};
-
-class Cache {
- public:
-  explicit Cache(size_t capacity) : capacity_(capacity) {}
-
-  State find(uint64_t hash, const Words& key, std::shared_ptr<const Plan>& plan) {
-    std::lock_guard<std::mutex> held(lock_);
-    auto found = entries_.find(hash);
-    if (found == entries_.end() || found->second.key != key) return UNKNOWN;
-    found->second.used = ++clock_;
-    plan = found->second.plan;
-    return found->second.state;
-  }
-
-  void keep(uint64_t hash, const Words& key, State state, std::shared_ptr<const Plan> plan) {
-    std::lock_guard<std::mutex> held(lock_);
-    if (!entries_.count(hash) && entries_.size() >= capacity_) {
-      auto oldest = entries_.begin();
-      for (auto entry = entries_.begin(); entry != entries_.end(); ++entry)
-        if (entry->second.used < oldest->second.used) oldest = entry;
-      entries_.erase(oldest);
-    }
-    entries_[hash] = Entry{key, state, std::move(plan), ++clock_};
-  }
-
-  void clear() {
-    std::lock_guard<std::mutex> held(lock_);
-    entries_.clear();
-  }
-
-  int64_t count(bool ready) {
-    std::lock_guard<std::mutex> held(lock_);
-    int64_t counted = 0;
-    for (const auto& entry : entries_) counted += !ready || entry.second.state == READY;
-    return counted;
-  }
-
- private:
-  const size_t capacity_;
-  std::mutex lock_;
-  std::unordered_map<uint64_t, Entry> entries_;
-  uint64_t clock_ = 0;
-};
 
 thread_local std::shared_ptr<const Plan> offered;
 
@@ -384,30 +62,29 @@ bool run_plan(const Plan& plan, const Operands& operands, Stack& stack, size_t a
   if (plan.reads_flags && (is_capturing(stream) || !(flags = flags_of(index, stream)))) return false;
   c10::SmallVector<at::Tensor, 8> buffers;
   for (const auto& buffer : plan.buffers) buffers.push_back(allocate(buffer, operands.device));
-  auto address_of = [&](const Source& source) -> char* {
-    char* base = source.place == BUFFER    ? static_cast<char*>(buffers[source.index].data_ptr())
-                 : source.place == OPERAND ? static_cast<char*>(operands.addresses[source.index])
-                                           : static_cast<char*>(flags);
-    return base + source.offset;
+  auto address_of = [&](const Parameter& parameter) -> char* {
+    void* base = parameter.place == BUFFER    ? buffers[parameter.index].data_ptr()
+                 : parameter.place == OPERAND ? operands.addresses[parameter.index]
+                                              : flags;
+    return static_cast<char*>(base) + parameter.value;
   };
   for (const auto& launch : plan.launches) {
     c10::SmallVector<void*, 48> parameters;
     c10::SmallVector<void*, 48> pointers;
     // Their places must not move while parameters point at them.
     pointers.reserve(launch.parameters.size());
-    alignas(64) CUtensorMap descriptors[8];
-    TORCH_CHECK(launch.descriptors <= 8, "mixq: a launch has too many descriptors");
+    alignas(64) CUtensorMap descriptors[MOST_DESCRIPTORS];
     size_t described = 0;
     for (const auto& parameter : launch.parameters) {
       if (parameter.kind == NUMBER) {
         parameters.push_back(const_cast<int64_t*>(&parameter.value));
       } else if (parameter.kind == POINTER) {
-        pointers.push_back(address_of(parameter.source));
+        pointers.push_back(address_of(parameter));
         parameters.push_back(&pointers.back());
       } else {
-        auto& descriptor = descriptors[described++];
-        std::memcpy(&descriptor, parameter.descriptor, sizeof descriptor);
-        check(driver.readdress(&descriptor, address_of(parameter.source)), name);
+        auto& descriptor = descriptors[described];
+        std::memcpy(&descriptor, launch.descriptors[described++].words, sizeof descriptor);
+        check(driver.readdress(&descriptor, address_of(parameter)), name);
         parameters.push_back(&descriptor);
       }
     }
