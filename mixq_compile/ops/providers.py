@@ -154,7 +154,7 @@ def provider(
         _PROVIDERS.setdefault(op, {})[name] = Provider(
             op, name, function, supports, priority, speedup, small_batch, merges, frozenset(takes)
         )
-        for forget in _AFTER_CHANGES:
+        for forget in (choose.cache_clear, _chosen.cache_clear, _chosen_with.cache_clear, *_AFTER_CHANGES):
             forget()
         return function
 

@@ -51,7 +51,8 @@ def _command(program: str, target: str) -> list[str]:
     modern = int(torch.compiled_with_cxx11_abi())
     return [
         program, *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={modern}", *(f"-I{folder}" for folder in _folders()),
-        str(SOURCES / MAIN_SOURCE), "-o", target, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10",
+        str(SOURCES / MAIN_SOURCE), "-o", target, f"-L{libraries}", f"-Wl,-rpath,{libraries}",
+        "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
 
 
