@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
@@ -26,6 +25,7 @@ from mixq_compile.ops.composition import (
 from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
 from mixq_compile.ops.quantize_affine import affine_format
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import LEARNING, STATES, state_access
 from mixq_compile.ops.traits import declare
@@ -62,7 +62,7 @@ def _examine_parts(recipe: LinearRecipe, given: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-@torch.library.custom_op("mixq::linear", mutates_args=("state", "cache"), tags=LAYOUT)
+@operator("mixq::linear", mutates_args=("state", "cache"), tags=LAYOUT)
 def linear(
     x: Tensor,
     bias: Tensor | None,
