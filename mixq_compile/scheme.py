@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.formats import TensorFormat
 from mixq_compile.json_values import finite
+from mixq_compile.thresholds import DEFAULT_THRESHOLD, Threshold, checked, read_threshold
 
 SCHEMA_VERSION = 2
-DEFAULT_THRESHOLD = 6.0
 
 MissPolicy = Literal["exact", "lazy", "frozen", "static", "per_call"]
 MISS_POLICIES: tuple[str, ...] = get_args(MissPolicy)
@@ -116,8 +116,9 @@ class WeightRecipe:
 class OutlierPolicy:
     """Which columns of an activation stay in 16 bit, how many at most, and what a new one does."""
 
-    threshold: float = DEFAULT_THRESHOLD
-    """A column is an outlier column if some element's magnitude is above this (theta)."""
+    threshold: Threshold = DEFAULT_THRESHOLD
+    """A column is an outlier column if some element's magnitude is above this: a number (theta), or a multiple
+    of the mean magnitude of the element's row, such as `10x`."""
     capacity: int | None = None
     """Most columns kept; a multiple of 16. None: min(128, max(16, K/32 rounded up to 16))."""
     miss: MissPolicy = "exact"
@@ -130,13 +131,7 @@ class OutlierPolicy:
             raise unknown_name("choice of columns", self.choose, COLUMN_CHOICES)
         if self.miss not in MISS_POLICIES:
             raise unknown_name("miss policy", self.miss, MISS_POLICIES)
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise OptionError(f"threshold must be a number, not {self.threshold!r}.")
-        if math.isnan(self.threshold) or self.threshold <= 0:
-            raise OptionError(
-                f"threshold must be above 0, not {self.threshold}: activations whose magnitude "
-                "exceeds it are kept in 16 bit. The usual value is 6.0; use scheme 'w8a8' for none."
-            )
+        checked(self.threshold)
         if self.capacity is not None and (
             isinstance(self.capacity, bool)
             or not isinstance(self.capacity, int)
@@ -162,7 +157,7 @@ class OutlierPolicy:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> OutlierPolicy:
         """The policy that `to_json` wrote."""
-        return cls(**{**data, "threshold": float(data["threshold"])})
+        return cls(**{**data, "threshold": read_threshold(str(data["threshold"]))})
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import typer
 from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.scheme import MISS_POLICIES, OutlierPolicy
 from mixq_compile.schemes.registry import accepted_names, get_scheme
+from mixq_compile.thresholds import read_threshold
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOWERINGS = ("inductor", "aot_eager", "eager")
@@ -41,6 +42,13 @@ def one_of(kind: str, names: Sequence[str]) -> Callable[[Any], Any]:
     return valid(check)
 
 
+def _threshold(text: str) -> float | str:
+    try:
+        return read_threshold(text)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -64,11 +72,12 @@ Scheme = Annotated[
     typer.Option(callback=valid(get_scheme), help=f"One of {', '.join(accepted_names())}."),
 ]
 Threshold = Annotated[
-    float | None,
+    Any,
     typer.Option(
-        callback=valid(lambda value: OutlierPolicy(threshold=value)),
-        help="Columns with a larger magnitude stay in 16 bit; inf for none.  "
-        "[dim]\\[default: the scheme's, 6][/dim]",
+        parser=_threshold,
+        metavar="NUMBER|MULTIPLEx",
+        help="Columns with a larger magnitude stay in 16 bit: a number, inf for none, or a multiple of the "
+        "row's mean magnitude such as 10x.  [dim]\\[default: the scheme's, 10x][/dim]",
     ),
 ]
 Capacity = Annotated[

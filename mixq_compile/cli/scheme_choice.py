@@ -13,7 +13,7 @@ from mixq_compile.schemes.registry import get_scheme
 
 NONE = "none"
 """Stands for full precision, which is always evaluated."""
-OPTION_TYPES = {"threshold": float, "capacity": int, "miss": str, "kernel": str}
+OPTION_TYPES = {"threshold": float | str, "capacity": int, "miss": str, "kernel": str}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SchemeChoice:
     @property
     def takes_statistics(self) -> bool:
         """False where there are no outlier columns to choose."""
-        finite = not math.isinf(self.options.get("threshold") or 0.0)
+        finite = self.options.get("threshold") != math.inf
         return finite and get_scheme(self.options["scheme"]).outliers is not None
 
 
@@ -58,9 +58,9 @@ def parse_choice(text: str, common: Mapping[str, Any]) -> SchemeChoice | None:
         if option.name not in OPTION_TYPES:
             raise unknown_name(f"option of --scheme {written.name}", option.name, OPTION_TYPES)
         try:
-            options[option.name] = OptionType(OPTION_TYPES[option.name]).parse(list(option.atoms))
+            options[option.name] = OptionType.of(OPTION_TYPES[option.name]).parse(list(option.atoms))
         except ValueError as error:
-            wanted = OptionType(OPTION_TYPES[option.name])
+            wanted = OptionType.of(OPTION_TYPES[option.name])
             given = ",".join(atom.text for atom in option.atoms)
             raise OptionError(f"{written.name}{{{option.name}=}} takes {wanted}, not {given!r}.") from error
     OutlierPolicy(**{key: value for key, value in options.items() if key != "kernel"})

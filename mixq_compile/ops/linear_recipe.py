@@ -16,6 +16,7 @@ from mixq_compile.errors import OperandError, OptionError
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.scheme import MissPolicy, OutlierPolicy, QuantScheme, WeightRecipe
+from mixq_compile.thresholds import Threshold, read_threshold
 
 CACHE_FIELDS = ("cached_index", "outlier_weight")
 """What a linear keeps of its outlier columns: which they are `[C]`, and their weights `[N, C]`."""
@@ -29,7 +30,7 @@ _NONE = "none"
 class LinearRecipe:
     """Formats, parts and policy of one quantized linear.
 
-    The text is such as `weight=int8 absmax; activation=int8; outliers=exact 6.0; batch_invariant`. A text,
+    The text is such as `weight=int8 absmax; activation=int8; outliers=exact 10x; batch_invariant`. A text,
     because operators take no dataclasses, and because Dynamo makes a graph input of a float where shapes are
     dynamic. Passes compare the threshold; the one in force is in the state.
     """
@@ -38,7 +39,7 @@ class LinearRecipe:
     activation: TensorFormat | None
     """None: x stays in 16 or 32 bit."""
     miss: str = _STATIC
-    threshold: float = math.inf
+    threshold: Threshold = math.inf
     batch_invariant: bool = False
 
     @classmethod
@@ -49,7 +50,7 @@ class LinearRecipe:
 
     def __str__(self) -> str:
         parts = [f"weight={self.weight}", f"activation={self.activation or _NONE}"]
-        parts.append(f"outliers={self.miss} {self.threshold!r}")
+        parts.append(f"outliers={self.miss} {self.threshold}")
         return "; ".join([*parts, "batch_invariant"] if self.batch_invariant else parts)
 
     @staticmethod
@@ -62,9 +63,9 @@ class LinearRecipe:
             raise OptionError(f"{text!r} is no recipe of a linear: it is written such as {_EXAMPLE!r}.")
         miss, _, threshold = named["outliers"].partition(" ")
         try:
-            limit = float(threshold)
-        except ValueError:
-            raise OptionError(f"{text!r}: the threshold {threshold!r} is no number.") from None
+            limit = read_threshold(threshold)
+        except OptionError as error:
+            raise OptionError(f"{text!r}: {error}") from None
         return LinearRecipe(
             weight=WeightRecipe.parse(named["weight"]),
             activation=None if named["activation"] == _NONE else TensorFormat.parse(named["activation"]),
@@ -95,4 +96,4 @@ class LinearRecipe:
         return found
 
 
-_EXAMPLE = "weight=int8 absmax; activation=int8; outliers=exact 6.0"
+_EXAMPLE = "weight=int8 absmax; activation=int8; outliers=exact 10x"

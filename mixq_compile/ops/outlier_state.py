@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.errors import OptionError
+from mixq_compile.thresholds import Threshold, multiple_of, state_number
 
 COUNT, OVERFLOW, FLAG, FROZEN = range(4)
 """Places in `OutlierState.counters`."""
@@ -22,6 +23,15 @@ _HELD_AT: set[tuple[torch.device, int]] = set()
 STATE_FIELDS = ("index", "column_slot", "column_max", "counters", "effective_threshold")
 """The buffers, in the order in which operators take them."""
 
+
+RELATIVE_BITS = 13
+"""A row's mean magnitude is taken over its magnitudes in units of 2^-13 of the largest one's power of two,
+rounded towards 0: sums of whole numbers, which do not depend on their order. See docs/semantics.md."""
+SMALLEST_RELATIVE, LARGEST_RELATIVE = 2.0**-96, 2.0**112
+"""A row teaches by a multiple of its mean where its largest magnitude is in between: else a unit or the
+inverse of a mean may be no normal number, and kernels would differ."""
+MOST_RELATIVE_COLUMNS = (1 << 31 - RELATIVE_BITS - 1) - 1
+"""A sum of more such units may not fit 32 bits."""
 
 TEACHING_LIMIT = 2.0**23
 """A row teaches columns only where its fp32 scale is below this: at 8 bit, magnitudes of about 1e9 outside
@@ -41,26 +51,36 @@ class OutlierState:
     column_slot: Tensor
     """[K] int32: the slot of each column, -1 where it is no outlier."""
     column_max: Tensor
-    """[C] fp32: largest magnitude seen in a slot's column, in calls that found a new column."""
+    """[C] fp32: largest magnitude seen in a slot's column, in calls that found a new column; where the threshold
+    is a multiple, the largest multiple of a row's mean."""
     counters: Tensor
     """[4] int32: count, overflow (columns turned away), flag (a row exceeded), frozen."""
     effective_threshold: Tensor
-    """[1] fp32: the threshold, or the largest column maximum that found no slot."""
-    threshold: float
+    """[1] fp32: the threshold, or the largest column maximum that found no slot; minus the multiple where it is
+    one."""
+    threshold: Threshold
     calibrated: tuple[tuple[int, float], ...] = ()
     """Columns, with their maxima, that a reset keeps."""
 
     @classmethod
     def create(
-        cls, in_features: int, capacity: int, threshold: float, device: torch.device | str
+        cls, in_features: int, capacity: int, threshold: Threshold, device: torch.device | str
     ) -> OutlierState:
-        """An empty state for K = `in_features` columns and C = `capacity` slots."""
+        """An empty state for K = `in_features` columns and C = `capacity` slots.
+
+        Raises OptionError where the threshold is a multiple and the columns are too many for one.
+        """
+        if multiple_of(threshold) is not None and in_features > MOST_RELATIVE_COLUMNS:
+            raise OptionError(
+                f"threshold {threshold!r} is a multiple of a row's mean, which is defined for up to "
+                f"{MOST_RELATIVE_COLUMNS} input channels, not {in_features}: give a magnitude such as 6.0."
+            )
         state = cls(
             index=torch.zeros(capacity, dtype=torch.int32, device=device),
             column_slot=torch.full((in_features,), -1, dtype=torch.int32, device=device),
             column_max=torch.zeros(capacity, dtype=torch.float32, device=device),
             counters=torch.zeros(4, dtype=torch.int32, device=device),
-            effective_threshold=torch.full((1,), threshold, dtype=torch.float32, device=device),
+            effective_threshold=torch.full((1,), state_number(threshold), dtype=torch.float32, device=device),
             threshold=threshold,
         )
         return state
@@ -90,7 +110,7 @@ class OutlierState:
         self.column_slot.fill_(-1)
         self.column_max.zero_()
         self.counters.zero_()
-        self.effective_threshold.fill_(self.threshold)
+        self.effective_threshold.fill_(state_number(self.threshold))
 
     def freeze(self) -> None:
         """Keeps the columns known now: later calls enlarge the row scale instead of adding one."""
@@ -136,7 +156,10 @@ class OutlierState:
         in_features = self.column_slot.shape[0]
         if any(not 0 <= column < in_features for column in columns):
             raise OptionError(f"an outlier column lies outside 0…{in_features - 1}.")
-        maxima = list(column_max) if column_max is not None else [self.threshold] * len(columns)
+        if column_max is None or multiple_of(self.threshold) is not None:
+            # Magnitudes of calibration are no multiples of rows' means: growing finds those.
+            column_max = [abs(state_number(self.threshold))] * len(columns)
+        maxima = list(column_max)
         self.calibrated = tuple(sorted(zip(columns, maxima, strict=True)))
         self._clear()
         self._write(self.calibrated)

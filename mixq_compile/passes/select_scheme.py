@@ -42,8 +42,9 @@ class SelectScheme(Pass):
     """Names, dotted name parts or glob patterns of linears to leave alone."""
     layers: tuple[str, ...] = ()
     """`pattern=scheme` for single linears; the first that fits decides."""
-    threshold: float | None = None
-    """Magnitude above which a column is kept in 16 bit; none: the scheme's."""
+    threshold: float | str | None = None
+    """Magnitude above which a column is kept in 16 bit, or a multiple of its row's mean such as 10x; none: the
+    scheme's."""
     capacity: int | None = None
     """Most outlier columns of one linear; none: by its number of input channels."""
     miss: str | None = None

@@ -37,6 +37,8 @@ class OptionType:
     """str, int, float, bool or tuple."""
     optional: bool = False
     choices: tuple[str, ...] = ()
+    or_text: bool = False
+    """Whether a text that is no number is meant too."""
 
     @classmethod
     def of(cls, annotation: Any) -> OptionType:
@@ -45,6 +47,8 @@ class OptionType:
         if get_origin(annotation) in (Union, types.UnionType):
             members = [member for member in get_args(annotation) if member is not types.NoneType]
             optional = len(members) < len(get_args(annotation))
+            if set(members) == {float, str}:
+                return cls(float, optional, or_text=True)
             annotation = members[0] if len(members) == 1 else None
         if annotation in _SCALARS:
             return cls(annotation, optional)
@@ -53,13 +57,14 @@ class OptionType:
         if get_origin(annotation) is Literal and all(type(item) is str for item in get_args(annotation)):
             return cls(str, optional, get_args(annotation))
         raise TypeError(
-            "an option is str, int, float, bool, a Literal of strings, tuple[str, ...], "
+            "an option is str, int, float, bool, float | str, a Literal of strings, tuple[str, ...], "
             f"or one of these or None; not {annotation!r}."
         )
 
     def __str__(self) -> str:
         known = {str: "a text", int: "an integer", float: "a number", bool: "true or false", tuple: "a list"}
         text = f"one of {', '.join(self.choices)}" if self.choices else known[self.base]
+        text += " or a text" if self.or_text else ""
         return f"{text}, or {NONE}" if self.optional else text
 
     def parse(self, atoms: list[Atom]) -> Any:
@@ -79,7 +84,12 @@ class OptionType:
             if atom.text not in ("true", "false"):
                 raise ValueError
             return atom.text == "true"
-        return self.base(atom.text)
+        try:
+            return self.base(atom.text)
+        except ValueError:
+            if not self.or_text:
+                raise
+            return atom.text
 
     def check(self, value: Any) -> Any:
         """A value given in Python; an int becomes a float and a list a tuple where those are meant.
@@ -92,6 +102,8 @@ class OptionType:
             return tuple(value)
         if self.base is float and type(value) is int:
             return float(value)
+        if self.or_text and type(value) is str:
+            return value
         if type(value) is not self.base or (self.choices and value not in self.choices):
             raise ValueError
         return value

@@ -14,8 +14,9 @@ from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.ops.providers import AUTO, provider_names
 from mixq_compile.pipeline import Pipeline
 from mixq_compile.runtime import torch_compat
-from mixq_compile.scheme import DEFAULT_THRESHOLD, MISS_POLICIES, OutlierPolicy, QuantScheme
+from mixq_compile.scheme import MISS_POLICIES, OutlierPolicy, QuantScheme
 from mixq_compile.schemes.registry import accepted_names, get_scheme, scheme_names
+from mixq_compile.thresholds import DEFAULT_THRESHOLD, Threshold
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
 ON_ERROR = ("raise", "fallback")
@@ -39,8 +40,9 @@ class MixqOptions:
 
     scheme: str = "w8a8o16"
     """Name of a scheme; `mixq doctor` lists them."""
-    threshold: float | None = None
-    """Magnitude above which a column stays in 16 bit. None: the scheme's (6.0)."""
+    threshold: Threshold | None = None
+    """Magnitude above which a column stays in 16 bit, or a multiple of its row's mean magnitude, such as
+    "10x". None: the scheme's (10x)."""
     capacity: int | None = None
     """Most outlier columns of one linear, a multiple of 16. None: min(128, max(16, K/32))."""
     miss: str | None = None

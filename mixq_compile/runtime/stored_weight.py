@@ -133,7 +133,7 @@ class PackedWeight:
 class StateKey:
     """What an outlier state is known by, beside a parameter."""
 
-    threshold: float
+    threshold: Threshold
     capacity: int
     miss: str
     format: str | None

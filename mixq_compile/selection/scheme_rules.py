@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.schemes.registry import get_scheme
 from mixq_compile.selection.eligibility import name_matches
+from mixq_compile.thresholds import Threshold
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class SchemeRules:
     """Scheme of every linear that nothing else decides."""
     layers: tuple[tuple[str, str], ...] = ()
     """Schemes of single linears: (pattern, scheme) pairs, of which the first that fits decides."""
-    threshold: float | None = None
+    threshold: Threshold | None = None
     """Replaces that of each scheme's outlier policy; None: the scheme's. So do the following."""
     capacity: int | None = None
     miss: str | None = None

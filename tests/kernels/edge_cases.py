@@ -29,7 +29,7 @@ class OnlineCase:
 
     inputs: list[Tensor]
     capacity: int = 16
-    threshold: float = THRESHOLD
+    threshold: float | str = THRESHOLD
     bits: int = 8
     known: list[int] = field(default_factory=list)
     freeze_before_call: int | None = None
@@ -213,6 +213,34 @@ def four_bits(dtype: torch.dtype) -> OnlineCase:
 @_online
 def many_rows(dtype: torch.dtype) -> OnlineCase:
     return OnlineCase([_planted(34, 140, [8, 50, 139]).to(dtype)])
+
+
+@_online
+def a_multiple_of_the_mean(dtype: torch.dtype) -> OnlineCase:
+    first, second = _planted(7, 171, [3, 90, 170]), _planted(9, 171, [3, 50], size=60.0, seed=1)
+    # Each row is judged by its own size: a small row's outlier counts as a large one's does.
+    return OnlineCase([(first * 2.0**-7).to(dtype), (second * 2.0**5).to(dtype)], threshold="8x", known=[1, 90])
+
+
+@_online
+def a_multiple_beyond_the_capacity(dtype: torch.dtype) -> OnlineCase:
+    x = _planted(30, 300, list(range(0, 300, 7)), size=40.0)
+    return OnlineCase([x[:9].to(dtype), x.to(dtype), (x * 3).to(dtype)], threshold="6x")
+
+
+@_online
+def multiples_of_rows_that_have_no_mean(dtype: torch.dtype) -> OnlineCase:
+    x = _planted(9, 48, [5, 6], size=40.0)
+    x[1], x[2], x[3] = 0, 1e-40, 2.0**-97
+    x[4, 9], x[5, 9], x[6, 6] = torch.nan, torch.inf, -torch.inf
+    x[7], x[7, 11] = 3e37, 1e36
+    x[8], x[8, 5] = 2.0**-100, 2.0**-90
+    return OnlineCase([x.to(dtype), x.to(dtype)], threshold="6x", known=[6])
+
+
+@_online
+def multiples_at_four_bits(dtype: torch.dtype) -> OnlineCase:
+    return OnlineCase([_planted(5, 50, [8, 20]).to(dtype)], threshold="9.5x", bits=4)
 
 
 def outlier_state(case: OnlineCase, device: torch.device | str) -> OutlierState:

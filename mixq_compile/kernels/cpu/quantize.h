@@ -10,6 +10,8 @@ namespace mixq {
 
 constexpr float EPSILON = 0x1p-96f;
 constexpr float TEACHING_LIMIT = 0x1p23f;  // as in outlier_state.py
+constexpr int RELATIVE_BITS = 13;
+constexpr float SMALLEST_RELATIVE = 0x1p-96f, LARGEST_RELATIVE = 0x1p112f;
 constexpr int32_t INFINITY_BITS = 0x7f800000;
 
 // State and results of one quantization; `QuantizeArguments` in interface.py has the same fields.
@@ -17,7 +19,7 @@ struct QuantizeArguments {
     const int32_t* index;        // [C]
     const int32_t* column_slot;  // [K]
     int32_t* counters;           // count, overflow, flag, frozen; null: no column is an outlier
-    const float* threshold;      // null: the columns are fixed
+    const float* threshold;      // null: the columns are fixed; negative: a multiple of a row's mean
     int8_t* codes;               // [M, K]
     float* scale;                // [M]
     void* outliers;              // [M, C]
@@ -27,6 +29,8 @@ struct QuantizeArguments {
     int32_t largest_code, threads;
 
     int32_t count() const { return counters ? counters[0] : 0; }
+
+    bool relative() const { return threshold && *threshold < 0; }
 
     bool may_teach(int64_t row) const { return !row_mask || row_mask[row]; }
 
@@ -42,7 +46,7 @@ struct QuantizeArguments {
         *used = count();
         if (!threshold) return false;
         counters[FLAG] = 0;
-        return largest > *threshold && !counters[FROZEN];
+        return largest > std::fabs(*threshold) && !counters[FROZEN];
     }
 };
 
@@ -69,6 +73,26 @@ MIXQ_INLINE RowMaxima row_maxima(const T* row, const int32_t* column_slot, int64
     }
     const int32_t largest = largest_lane(overall);
     return {MASKED ? largest_lane(inner) : largest, largest};
+}
+
+// The inverse of the mean magnitude of a row with this largest magnitude, or 0; `row_factors` of the reference.
+template <typename T>
+float inverse_mean(const T* row, int64_t columns, float largest) {
+    if (!(largest >= SMALLEST_RELATIVE && largest < LARGEST_RELATIVE)) return 0;
+    const float per_unit = as_float((254 + RELATIVE_BITS - (as_bits(largest) >> 23)) << 23);
+    IntVector sums{};
+    int64_t column = 0;
+    for (; column + LANES <= columns; column += LANES) {
+        const FloatVector units = load_floats(row + column) * per_unit;
+        sums += __builtin_convertvector((FloatVector)((IntVector)units & 0x7fffffff), IntVector);
+    }
+    if (column < columns) {
+        const FloatVector units = load_floats(row + column, columns - column) * per_unit;
+        sums += __builtin_convertvector((FloatVector)((IntVector)units & 0x7fffffff), IntVector);
+    }
+    int32_t total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += sums[lane];
+    return float(columns) / float(total) * per_unit;
 }
 
 template <bool MASKED>
@@ -101,8 +125,8 @@ void row_codes(
 }
 
 // Quantizes one row whose values may be wider than its outliers are stored; the next one lies `stride` on.
-// Returns the bits of its largest magnitude outside the outlier columns, 0 where it is not finite or teaches
-// nothing because its scale is too large.
+// Returns the bits of what the threshold is compared with: its largest magnitude outside the outlier columns, or
+// that as a multiple of its mean; 0 where it is not finite or teaches nothing because its scale is too large.
 template <bool MASKED, typename T, typename Stored>
 int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_t stride, int64_t row) {
     const int64_t columns = arguments.columns;
@@ -130,10 +154,12 @@ int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_
         row_codes<MASKED>(
             values, values + stride, arguments.column_slot, columns, inverse, arguments.largest_code, codes);
     }
-    return arguments.scale[row] < TEACHING_LIMIT ? maxima.inner : 0;
+    if (!(arguments.scale[row] < TEACHING_LIMIT)) return 0;
+    if (!arguments.relative()) return maxima.inner;
+    return as_bits(largest * inverse_mean(values, columns, as_float(maxima.overall)));
 }
 
-// Returns the largest magnitude of all rows that teach, outlier columns left out.
+// Returns the largest of what the rows that teach are compared by.
 template <bool MASKED, typename T>
 float quantize_rows(const QuantizeArguments& arguments, const T* x, int64_t stride, int64_t rows) {
     int32_t largest = 0;

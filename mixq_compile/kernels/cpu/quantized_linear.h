@@ -19,7 +19,7 @@ inline RowQuantizer row_quantizer(bool masked, int stored_type) {
     });
 }
 
-// Returns the largest magnitude of all result rows that teach, outlier columns left out.
+// Returns the largest of what the result rows that teach are compared by.
 inline float quantized_linear(const LinearArguments& arguments, const QuantizeArguments& quantized, int stored_type) {
     const RowQuantizer quantize_one = row_quantizer(quantized.masked(), stored_type);
     const int64_t width = arguments.weight.rows;

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from mixq_compile.ops.activation_codes import largest_code
-from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, OVERFLOW, TEACHING_LIMIT
+from mixq_compile.ops.outlier_state import (
+    COUNT,
+    FLAG,
+    FROZEN,
+    LARGEST_RELATIVE,
+    OVERFLOW,
+    RELATIVE_BITS,
+    SMALLEST_RELATIVE,
+    TEACHING_LIMIT,
+)
 from mixq_compile.ops.providers import KernelQuery, provider, refused_format
 from mixq_compile.ops.small_batch import is_small_batch
 from mixq_compile.ops.state_access import STATES, State
@@ -87,9 +96,39 @@ def _largest(pool: list[tuple[float, int]], room: int) -> list[tuple[float, int]
     return sorted(pool, key=lambda entry: (-entry[0], entry[1]))[:room]
 
 
-def column_maxima(values: Tensor, rows: Tensor) -> Tensor:
-    """The largest magnitude of each column of values `[M, K]` over these rows, bool `[M]`: `[K]`."""
-    return values.abs().masked_fill(~rows[:, None], 0.0).amax(dim=0)
+def is_relative(effective_threshold: Tensor) -> bool:
+    """Whether a threshold is a multiple of a row's mean magnitude; waits for the device."""
+    return bool(effective_threshold < 0)
+
+
+def row_factors(values: Tensor, relative: bool) -> Tensor:
+    """What magnitudes of each row of values `[M, K]` are multiplied by to compare them, fp32 `[M]`.
+
+    1 for magnitudes as they are, else the inverse of the row's mean magnitude over all columns, known
+    ones too; 0 in rows that have none. Exact up to one rounding and independent of order: magnitudes count
+    as whole units of a power of two, of which the row's largest has between 2^13 and 2^14.
+    """
+    rows, columns = values.shape
+    if not relative:
+        return values.new_ones(rows)
+    magnitudes = values.abs()
+    largest = magnitudes.amax(dim=1) if columns else values.new_zeros(rows)
+    usable = (largest >= SMALLEST_RELATIVE) & (largest < LARGEST_RELATIVE)
+    exponent = largest.masked_fill(~usable, 1.0).view(torch.int32) >> 23
+    per_unit = ((254 + RELATIVE_BITS - exponent) << 23).view(torch.float32)
+    units = (magnitudes.masked_fill(~usable[:, None], 1.0) * per_unit[:, None]).to(torch.int32)
+    totals = units.sum(dim=1).float()
+    factors = torch.full_like(totals, columns) / totals * per_unit
+    return torch.where(usable, factors, 0.0)
+
+
+def column_maxima(values: Tensor, rows: Tensor, factors: Tensor) -> Tensor:
+    """The largest magnitude of each column of values `[M, K]` over these rows, bool `[M]`: `[K]`.
+
+    `factors` `[M]` are those of the rows, see `row_factors`.
+    """
+    compared = values.abs() * factors[:, None]
+    return compared.masked_fill(~rows[:, None], 0.0).amax(dim=0)
 
 
 def grow(
@@ -103,6 +142,8 @@ def grow(
 ) -> None:
     """Adds the columns whose maximum, in `maxima` `[K]`, is above the effective threshold to the state.
 
+    Where that is negative, it and the maxima are multiples of rows' means.
+
     New columns take free slots in ascending order. Where they do not all fit, the C columns of
     largest running maximum stay (without `may_evict`, known columns stay in any case), the others
     are counted as overflow, and the effective threshold rises to the largest maximum left out.
@@ -111,7 +152,7 @@ def grow(
     count = int(counters[COUNT])
     slots = index[:count].long()
     column_max[:count] = torch.maximum(column_max[:count], maxima[slots])
-    above = (maxima > effective_threshold) & (column_slot < 0)
+    above = (maxima > effective_threshold.abs()) & (column_slot < 0)
     found = [(float(maxima[column]), int(column)) for column in above.nonzero().flatten()]
 
     known = list(zip(column_max[:count].tolist(), slots.tolist(), strict=True))
@@ -122,7 +163,10 @@ def grow(
         found = [entry for entry in found if entry in kept]
         counters[OVERFLOW] += len(left_out)
         limit = max(value for value, _ in left_out)
-        effective_threshold.clamp_(min=limit)
+        if is_relative(effective_threshold):
+            effective_threshold.clamp_(max=-limit)
+        else:
+            effective_threshold.clamp_(min=limit)
     dropped = {column for _, column in left_out}
     free = [slot for slot, (_, column) in enumerate(known) if column in dropped]
     free += range(count, capacity)
@@ -145,7 +189,7 @@ def replace(
     effective_threshold: Tensor,
 ) -> None:
     """Sets the state to the columns whose maximum in `maxima` `[K]` reaches the threshold (`per_call`)."""
-    reached = (maxima >= effective_threshold).nonzero().flatten()
+    reached = (maxima >= effective_threshold.abs()).nonzero().flatten()
     found = [(float(maxima[column]), int(column)) for column in reached]
     kept = sorted(_largest(found, index.shape[0]), key=lambda entry: entry[1])
     counters[OVERFLOW] += len(found) - len(kept)
@@ -172,7 +216,8 @@ def learn(values: Tensor, teaches: Tensor | None, state: State, miss: str) -> St
     That is the state itself, or this call's copy of it where other threads read it. Under `lazy` what is
     learned holds for later calls only.
     """
-    maxima = column_maxima(values, finite_rows(values) if teaches is None else teaches)
+    rows = finite_rows(values) if teaches is None else teaches
+    maxima = column_maxima(values, rows, row_factors(values, is_relative(state[4])))
     if miss == "per_call":
         return STATES.learn(state, functools.partial(replace, maxima), remembered=False)
     if miss == "lazy":
@@ -206,8 +251,8 @@ def quantize_online(
         state = learn(values, among(None, row_mask, values), shared, miss)
     codes, scale = _codes_and_scale(values, state[1], largest)
     teaches = teaching(scale) if row_mask is None else teaching(scale) & row_mask.reshape(-1)
-    row_maximum = _row_maximum(values, state[1], teaches)
-    exceeded = learns and miss != "per_call" and bool((row_maximum > state[4]).any())
+    compared = _row_maximum(values, state[1], teaches) * row_factors(values, is_relative(state[4]))
+    exceeded = learns and miss != "per_call" and bool((compared > state[4].abs()).any())
     if exceeded and miss != "lazy":
         state = learn(values, teaches, shared, miss)
         codes, scale = _codes_and_scale(values, state[1], largest)

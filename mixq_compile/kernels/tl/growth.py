@@ -33,8 +33,13 @@ _TEACHING_LIMIT = tl.constexpr(TEACHING_LIMIT)
 
 
 @triton.jit
+def _aligned(rows):
+    return tl.cdiv(rows, 16) * 16
+
+
+@triton.jit
 def _column_maxima(
-    x, scale, row_mask, maxima, strip, rows, columns, splits, x_stride,
+    x, scale, row_mask, factors, maxima, strip, rows, columns, splits, x_stride,
     POLICY: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Bits of the column maxima of every `splits`-th tile of rows, over rows that teach; NaN never does."""
@@ -51,7 +56,9 @@ def _column_maxima(
             teaches = teaches & (tl.load(row_mask + row, mask=row < rows, other=0) != 0)
         mask = teaches[:, None] & inside[None, :]
         values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
-        bits = values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        factor = tl.load(factors + row, mask=row < rows, other=0).to(tl.float32, bitcast=True)
+        compared = values.to(tl.float32) * factor[:, None]
+        bits = compared.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.maximum(largest, bits)
     tl.store(maxima + split * columns + column, tl.max(largest, axis=0), mask=inside)
 
@@ -65,7 +72,7 @@ def _mark_candidates(
 
     Candidates are the new columns and, where they can be evicted, the known ones.
     """
-    threshold = tl.load(effective_threshold)
+    threshold = tl.abs(tl.load(effective_threshold))
     candidates = 0
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -171,10 +178,10 @@ def _assign(
 
 @triton.jit
 def _change_state(
-    scratch, index, column_slot, column_max, counters, effective_threshold, columns, slots, splits,
+    scratch, index, column_slot, column_max, counters, effective_threshold, rows, columns, slots, splits,
     POLICY: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    keys = scratch + _HEADER
+    keys = scratch + _HEADER + _aligned(rows)
     maxima = keys + columns
     marks = maxima + splits * columns
     free = marks + slots
@@ -209,7 +216,9 @@ def _change_state(
     if POLICY != _REPLACE:
         # Where nothing was left out this is 0, and the threshold stays.
         limit = left_out.to(tl.float32, bitcast=True)
-        tl.store(effective_threshold, tl.maximum(tl.load(effective_threshold), limit))
+        threshold = tl.load(effective_threshold)
+        raised = tl.where(threshold < 0, tl.minimum(threshold, -limit), tl.maximum(threshold, limit))
+        tl.store(effective_threshold, raised)
 
 
 @triton.jit
@@ -235,10 +244,10 @@ def grow_state(
     SLOTS: tl.constexpr,
 ):
     """Adds the columns above the threshold to the state; says so in `scratch` when that is done."""
-    maxima = scratch + _HEADER + columns
+    maxima = scratch + _HEADER + _aligned(rows) + columns
     for strip in range(tl.program_id(0), tl.cdiv(columns, TILE_COLUMNS) * splits, tl.num_programs(0)):
         _column_maxima(
-            x, scale, row_mask, maxima, strip, rows, columns, splits, x_stride, POLICY, TILE_ROWS,
+            x, scale, row_mask, scratch + _HEADER, maxima, strip, rows, columns, splits, x_stride, POLICY, TILE_ROWS,
             TILE_COLUMNS,
         )  # fmt: skip
     # All threads of a program must have written before its one atomic publishes that.
@@ -246,7 +255,7 @@ def grow_state(
     done = tl.atomic_add(scratch + _TICKET, 1)
     if done == tl.num_programs(0) - 1:
         _change_state(
-            scratch, index, column_slot, column_max, counters, effective_threshold, columns, slots,
+            scratch, index, column_slot, column_max, counters, effective_threshold, rows, columns, slots,
             splits, POLICY, BLOCK, SLOTS,
         )  # fmt: skip
         # Every program has read the flag by now, because each has taken its ticket.
@@ -272,10 +281,10 @@ def _splits(rows: int, columns: int) -> int:
 def scratch_for(matrix: Tensor, slots: int) -> Tensor:
     """Uninitialised work memory of one call on `[M, K]`; the first launch of the call clears its header.
 
-    After the header: keys `[K]`, partial column maxima `[splits, K]`, marks `[C]`, free slots `[C]`.
+    After the header: what each row's magnitudes are multiplied by to compare them `[M]`, keys `[K]`, partial column maxima `[splits, K]`, marks `[C]`, free slots `[C]`.
     """
     rows, columns = matrix.shape
-    length = HEADER + columns * (1 + _splits(rows, columns)) + 2 * slots
+    length = HEADER + ceil_div(rows, 16) * 16 + columns * (1 + _splits(rows, columns)) + 2 * slots
     return torch.empty(length, dtype=torch.int32, device=matrix.device)
 
 

@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
-from mixq_compile.kernels.tl.growth import GROWN, TICKET
+from mixq_compile.kernels.tl.growth import GROWN, HEADER, TICKET
 from mixq_compile.kernels.tl.toolkit import tl, triton
-from mixq_compile.ops.outlier_state import COUNT, FLAG, FROZEN, TEACHING_LIMIT
+from mixq_compile.ops.outlier_state import (
+    COUNT,
+    FLAG,
+    FROZEN,
+    LARGEST_RELATIVE,
+    RELATIVE_BITS,
+    SMALLEST_RELATIVE,
+    TEACHING_LIMIT,
+)
 from mixq_compile.ops.weight_codes import EPSILON
 
 FIXED, SNAPSHOT, CHECK, ALWAYS = range(4)
@@ -16,7 +24,9 @@ _EPSILON, _TEACHING_LIMIT = tl.constexpr(EPSILON), tl.constexpr(TEACHING_LIMIT)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
 _FIXED, _CHECK, _ALWAYS = (tl.constexpr(mode) for mode in (FIXED, CHECK, ALWAYS))
 _COUNT, _FLAG, _FROZEN = (tl.constexpr(place) for place in (COUNT, FLAG, FROZEN))
-_TICKET, _GROWN = tl.constexpr(TICKET), tl.constexpr(GROWN)
+_TICKET, _GROWN, _HEADER = tl.constexpr(TICKET), tl.constexpr(GROWN), tl.constexpr(HEADER)
+_UNIT_EXPONENT = tl.constexpr(254 + RELATIVE_BITS)
+_SMALLEST_RELATIVE, _LARGEST_RELATIVE = tl.constexpr(SMALLEST_RELATIVE), tl.constexpr(LARGEST_RELATIVE)
 
 
 @triton.jit
@@ -50,6 +60,32 @@ def code_of(value, inverse):
     The product must be rounded before it is added: launches say enable_fp_fusion=False.
     """
     return (value * inverse + _ROUNDER).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _units(values, per_unit):
+    """Magnitudes as whole units, rounded towards 0."""
+    return (tl.abs(values.to(tl.float32)) * per_unit).to(tl.int32)
+
+
+@triton.jit
+def _inverse_mean(parts, taken, row_maximum, columns, PART: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    """The inverse of the mean magnitude of a finite row, or 0: `row_factors` of the reference."""
+    overall = row_maximum
+    if SLOTS > 0:
+        overall = tl.maximum(overall, tl.max(tl.abs(taken.to(tl.float32)), axis=0))
+    usable = (overall >= _SMALLEST_RELATIVE) & (overall < _LARGEST_RELATIVE)
+    exponent = tl.where(usable, overall, 1.0).to(tl.int32, bitcast=True) >> 23
+    per_unit = ((_UNIT_EXPONENT - exponent) << 23).to(tl.float32, bitcast=True)
+    units = tl.zeros((PART,), dtype=tl.int32)
+    for part in tl.static_range(PARTS):
+        units += _units(tl.where(usable, parts[part], 0.0), per_unit)
+    total = tl.sum(units, axis=0)
+    if SLOTS > 0:
+        total += tl.sum(_units(tl.where(usable, taken.to(tl.float32), 0.0), per_unit), axis=0)
+    # A sum, because a number of columns is no tensor where it is 1, or in the interpreter.
+    count = tl.zeros((), dtype=tl.float32) + columns
+    return tl.where(usable, tl.div_rn(count, tl.maximum(total, 1).to(tl.float32)) * per_unit, 0.0)
 
 
 @triton.jit
@@ -101,7 +137,7 @@ def quantize_rows(
         learns = tl.load(counters + _FROZEN) == 0
         tl.store(scratch + _TICKET, 0, mask=program == 0)
         tl.store(scratch + _GROWN, 0, mask=program == 0)
-    if MODE == _CHECK:
+    if (MODE == _CHECK) | (MODE == _ALWAYS):
         threshold = tl.load(effective_threshold)
     if MODE == _ALWAYS:
         tl.store(counters + _FLAG, 1, mask=(program == 0) & learns)
@@ -151,11 +187,19 @@ def quantize_rows(
 
         finite, row_maximum, row_scale, inverse = scales_of(largest_of_row, LARGEST_CODE)
         tl.store(scale + row, row_scale)
+        if (MODE == _CHECK) | (MODE == _ALWAYS):
+            factor = row_maximum * 0.0 + 1.0
+            if threshold < 0:
+                if SLOTS > 0:
+                    factor = _inverse_mean(parts, taken, row_maximum, columns, PART, PARTS, SLOTS)
+                else:
+                    factor = _inverse_mean(parts, row_maximum, row_maximum, columns, PART, PARTS, SLOTS)
+            tl.store(scratch + _HEADER + row, factor.to(tl.int32, bitcast=True))
         if MODE == _CHECK:
             teaches = row_scale < _TEACHING_LIMIT
             if row_mask is not None:
                 teaches = teaches & (tl.load(row_mask + row) != 0)
-            tl.store(counters + _FLAG, 1, mask=(row_maximum > threshold) & teaches & learns)
+            tl.store(counters + _FLAG, 1, mask=(row_maximum * factor > tl.abs(threshold)) & teaches & learns)
 
         for part in tl.static_range(PARTS):
             column = part * PART + tl.arange(0, PART)
