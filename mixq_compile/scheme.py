@@ -118,7 +118,7 @@ class OutlierPolicy:
 
     threshold: Threshold = DEFAULT_THRESHOLD
     """A column is an outlier column if some element's magnitude is above this: a number (theta), or a multiple
-    of the mean magnitude of the element's row, such as `10x`."""
+    of the mean magnitude of the element's row, such as `8x`."""
     capacity: int | None = None
     """Most columns kept; a multiple of 16. None: min(128, max(16, K/32 rounded up to 16))."""
     miss: MissPolicy = "exact"

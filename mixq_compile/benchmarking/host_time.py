@@ -28,7 +28,8 @@ from mixq_compile.formats import INT8
 from mixq_compile.ops.composition import MIXED_LINEAR, QUANTIZE_ONLINE, REFRESH, WEIGHT_ONLY, Step, quantized
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, WeightRecipe
+from mixq_compile.scheme import OutlierPolicy, WeightRecipe
+from mixq_compile.thresholds import DEFAULT_THRESHOLD
 
 COMPILED, GRAPHED, EAGER = "compiled", "compiled, CUDA graphs", "eager"
 WAYS = (COMPILED, GRAPHED, EAGER)

@@ -15,7 +15,8 @@ from mixq_compile.ops import composition
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
 from mixq_compile.ops.providers import KernelQuery, small_batch_limit
 from mixq_compile.ops.weight_codes import EPSILON, dequantize_weight, quantize_weight
-from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, WeightRecipe
+from mixq_compile.scheme import OutlierPolicy, WeightRecipe
+from mixq_compile.thresholds import PAPER_THRESHOLD
 
 ACTIVATION = INT8
 
@@ -66,7 +67,7 @@ class PackedLinear:
             weight=weight,
             codes=codes,
             scale=scale,
-            state=OutlierState.create(in_features, capacity, DEFAULT_THRESHOLD, weight.device),
+            state=OutlierState.create(in_features, capacity, PAPER_THRESHOLD, weight.device),
             cached_index=torch.full((capacity,), -1, dtype=torch.int32, device=weight.device),
             outlier_weight=torch.zeros(out_features, capacity, dtype=weight.dtype, device=weight.device),
             bits=bits,

@@ -22,7 +22,7 @@ from mixq_compile.errors import MixqError, OptionError
 from mixq_compile.ir.linears import is_conv1d, is_plain_linear
 from mixq_compile.ir.names import normalise_fqn
 from mixq_compile.ir.nested_rows import nested_rows
-from mixq_compile.scheme import DEFAULT_THRESHOLD
+from mixq_compile.thresholds import PAPER_THRESHOLD
 from mixq_compile.version import __version__
 
 
@@ -32,7 +32,7 @@ def calibrate(
     *,
     limit: int | None = None,
     progress: bool = True,
-    thresholds: Sequence[float] = (DEFAULT_THRESHOLD,),
+    thresholds: Sequence[float] = (PAPER_THRESHOLD,),
     kinds: Sequence[str] = ("channels",),
 ) -> CalibrationStats:
     """Runs `model` over `batches` and returns what the input of each of its linears looked like.

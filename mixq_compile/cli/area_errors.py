@@ -11,7 +11,7 @@ from mixq_compile.benchmarking.layer_errors import layer_errors, simulated_error
 from mixq_compile.benchmarking.simulated_schemes import SIMULATED
 from mixq_compile.cli.output import step
 from mixq_compile.inspection.layers import calibrated_columns
-from mixq_compile.scheme import DEFAULT_THRESHOLD
+from mixq_compile.thresholds import PAPER_THRESHOLD
 from mixq_compile.schemes.registry import get_scheme
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def measured_errors(
     history: History,
     schemes: Sequence[str],
     sizes: Mapping[str, LinearSize],
-    threshold: float | None,
+    threshold: float | str | None,
     *,
     errors: bool,
 ) -> Measured:
@@ -65,6 +65,7 @@ def measured_errors(
     others = [name for name in schemes if errors and name in SIMULATED]
     if others:
         with step("simulating the number formats of other schemes"):
-            limit = DEFAULT_THRESHOLD if threshold is None else threshold
+            # Those schemes know magnitudes only.
+            limit = threshold if isinstance(threshold, float) else PAPER_THRESHOLD
             found |= simulated_errors(model, sizes, others, captured.args, captured.kwargs, limit)
     return Measured(found, counts)

@@ -71,7 +71,7 @@ class Comparison:
     batch: int
     length: int
     scheme: str
-    threshold: float | None
+    threshold: float | str | None
     force: bool
     repeats: int
     lowering: str

@@ -16,7 +16,7 @@ FLUSH_BYTES = 1 << 28
 """Written before each timed call: the weight must come from memory, as in a model, not from the cache."""
 
 
-def compare(scheme: str, threshold: float | None) -> dict[str, Any]:
+def compare(scheme: str, threshold: float | str | None) -> dict[str, Any]:
     """Times a random linear with planted outlier columns in bf16 and under the backend; CUDA only."""
     import torch
     from torch import nn

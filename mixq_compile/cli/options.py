@@ -77,7 +77,7 @@ Threshold = Annotated[
         parser=_threshold,
         metavar="NUMBER|MULTIPLEx",
         help="Columns with a larger magnitude stay in 16 bit: a number, inf for none, or a multiple of the "
-        "row's mean magnitude such as 10x.  [dim]\\[default: the scheme's, 10x][/dim]",
+        "row's mean magnitude such as 8x.  [dim]\\[default: the scheme's, 8x][/dim]",
     ),
 ]
 Capacity = Annotated[

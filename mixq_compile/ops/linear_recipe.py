@@ -30,7 +30,7 @@ _NONE = "none"
 class LinearRecipe:
     """Formats, parts and policy of one quantized linear.
 
-    The text is such as `weight=int8 absmax; activation=int8; outliers=exact 10x; batch_invariant`. A text,
+    The text is such as `weight=int8 absmax; activation=int8; outliers=exact 8x; batch_invariant`. A text,
     because operators take no dataclasses, and because Dynamo makes a graph input of a float where shapes are
     dynamic. Passes compare the threshold; the one in force is in the state.
     """
@@ -96,4 +96,4 @@ class LinearRecipe:
         return found
 
 
-_EXAMPLE = "weight=int8 absmax; activation=int8; outliers=exact 10x"
+_EXAMPLE = "weight=int8 absmax; activation=int8; outliers=exact 8x"

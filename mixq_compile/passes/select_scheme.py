@@ -43,7 +43,7 @@ class SelectScheme(Pass):
     layers: tuple[str, ...] = ()
     """`pattern=scheme` for single linears; the first that fits decides."""
     threshold: float | str | None = None
-    """Magnitude above which a column is kept in 16 bit, or a multiple of its row's mean such as 10x; none: the
+    """Magnitude above which a column is kept in 16 bit, or a multiple of its row's mean such as 8x; none: the
     scheme's."""
     capacity: int | None = None
     """Most outlier columns of one linear; none: by its number of input channels."""

@@ -42,7 +42,7 @@ class MixqOptions:
     """Name of a scheme; `mixq doctor` lists them."""
     threshold: Threshold | None = None
     """Magnitude above which a column stays in 16 bit, or a multiple of its row's mean magnitude, such as
-    "10x". None: the scheme's (10x)."""
+    "8x". None: the scheme's (8x)."""
     capacity: int | None = None
     """Most outlier columns of one linear, a multiple of 16. None: min(128, max(16, K/32))."""
     miss: str | None = None

@@ -16,7 +16,8 @@ from mixq_compile.ops.composition import compose, weight_only
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.providers import KernelQuery
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, WeightRecipe
+from mixq_compile.scheme import OutlierPolicy, WeightRecipe
+from mixq_compile.thresholds import DEFAULT_THRESHOLD
 
 LARGEST_ROWS = 8192
 LARGEST_WEIGHT = 1 << 24

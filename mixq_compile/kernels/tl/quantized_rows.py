@@ -76,7 +76,7 @@ def _inverse_mean(parts, taken, row_maximum, columns, PART: tl.constexpr, PARTS:
         overall = tl.maximum(overall, tl.max(tl.abs(taken.to(tl.float32)), axis=0))
     usable = (overall >= _SMALLEST_RELATIVE) & (overall < _LARGEST_RELATIVE)
     exponent = tl.where(usable, overall, 1.0).to(tl.int32, bitcast=True) >> 23
-    per_unit = ((_UNIT_EXPONENT - exponent) << 23).to(tl.float32, bitcast=True)
+    per_unit = ((-exponent + _UNIT_EXPONENT) << 23).to(tl.float32, bitcast=True)
     units = tl.zeros((PART,), dtype=tl.int32)
     for part in tl.static_range(PARTS):
         units += _units(tl.where(usable, parts[part], 0.0), per_unit)

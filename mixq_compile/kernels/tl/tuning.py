@@ -13,7 +13,8 @@ from mixq_compile.ops.composition import compose
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.providers import KernelQuery, linear_query, small_batch_limit
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import DEFAULT_THRESHOLD, OutlierPolicy, WeightRecipe
+from mixq_compile.scheme import OutlierPolicy, WeightRecipe
+from mixq_compile.thresholds import DEFAULT_THRESHOLD
 
 REPLAYS = 15
 WARM_UP = 3
