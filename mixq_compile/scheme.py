@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from mixq_compile.errors import OptionError, unknown_name
 from mixq_compile.formats import TensorFormat
 from mixq_compile.json_values import finite
-from mixq_compile.thresholds import DEFAULT_THRESHOLD, Threshold, checked, read_threshold
+from mixq_compile.thresholds import DEFAULT_THRESHOLD, Threshold, checked, multiple_of, read_threshold
 
 SCHEMA_VERSION = 2
 
@@ -120,7 +120,8 @@ class OutlierPolicy:
     """A column is an outlier column if some element's magnitude is above this: a number (theta), or a multiple
     of the mean magnitude of the element's row, such as `8x`."""
     capacity: int | None = None
-    """Most columns kept; a multiple of 16. None: min(128, max(16, K/32 rounded up to 16))."""
+    """Most columns kept; a multiple of 16. None: min(128, max(16, K/16 rounded up to 16)), and half as many
+    where the threshold is a magnitude."""
     miss: MissPolicy = "exact"
     """What a column above the threshold that is not known yet does; see docs/semantics.md."""
     choose: ColumnChoice = "above"
@@ -147,7 +148,8 @@ class OutlierPolicy:
         """The number of outlier slots of a linear with this many input channels (a multiple of 16)."""
         if self.capacity is not None:
             return self.capacity
-        rounded = math.ceil(in_features / 32 / 16) * 16
+        share = 32 if multiple_of(self.threshold) is None else 16
+        rounded = math.ceil(in_features / share / 16) * 16
         return min(128, max(16, rounded))
 
     def to_json(self) -> dict[str, Any]:

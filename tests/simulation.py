@@ -38,14 +38,15 @@ class SimulatedState:
 
     in_features: int
     capacity: int
-    threshold: float
+    threshold: float | str
     slots: list[int | None] = field(default_factory=list)
     maxima: dict[int, float] = field(default_factory=dict)
     overflow: int = 0
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        self.limit = float(np.float32(self.threshold))
+        self.relative = isinstance(self.threshold, str)
+        self.limit = float(np.float32(str(self.threshold).removesuffix("x")))
         self.preload(sorted(self.maxima))
 
     def preload(self, columns: list[int]) -> None:
@@ -70,12 +71,13 @@ class SimulatedState:
             teaches = scale_of(self.row_maximum(values), bits) < TEACHING_LIMIT
         if miss == "per_call":
             teaches = np.isfinite(values).all(axis=1)
-        column_max = np.abs(values[teaches]).max(axis=0, initial=0.0)
+        compared = multiples_of(values) if self.relative else np.abs(values)
+        column_max = compared[teaches].max(axis=0, initial=0.0)
         learns = miss != "static" and not self.frozen
         if learns and miss == "per_call":
             self._replace(column_max)
-        with np.errstate(invalid="ignore"):
-            exceeded = bool((self.row_maximum(values)[teaches] > self.limit).any())
+        compared[:, self.columns] = 0.0
+        exceeded = bool((compared[teaches] > self.limit).any())
         grows = learns and exceeded and miss != "per_call"
         if grows and miss != "lazy":
             self._grow(column_max, may_evict=True)
@@ -115,6 +117,22 @@ class SimulatedState:
             else:
                 self.slots.append(column)
         self.maxima = {column: size[column] for column in self.columns}
+
+
+def multiples_of(values: Matrix) -> Matrix:
+    """Magnitudes `[M, K]` as multiples of the mean of their row, in fp32; 0 in rows that have none.
+
+    The mean is that of magnitudes in whole units, of which the largest has 2^13 or more.
+    """
+    found = np.zeros_like(values)
+    for row, magnitudes in enumerate(np.abs(values)):
+        largest = magnitudes.max(initial=0.0)
+        if 2.0**-96 <= largest < 2.0**112:
+            unit = 2.0 ** (np.frexp(largest)[1] - 1 - 13)
+            total = np.float32(np.floor(magnitudes / unit).sum())
+            inverse = float(np.float32(len(magnitudes)) / total) / unit
+            found[row] = (magnitudes * inverse).astype(np.float32)
+    return found
 
 
 def scale_of(row_maximum: Matrix, bits: int) -> NDArray[np.float32]:

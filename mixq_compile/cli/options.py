@@ -84,7 +84,7 @@ Capacity = Annotated[
     int | None,
     typer.Option(
         callback=valid(lambda value: OutlierPolicy(capacity=value)),
-        help="Most outlier columns of one linear, a multiple of 16.  [dim]\\[default: K/32, 16 to 128][/dim]",
+        help="Most outlier columns of one linear, a multiple of 16.  [dim]\\[default: K/16, 16 to 128][/dim]",
     ),
 ]
 Miss = Annotated[

@@ -44,7 +44,8 @@ class MixqOptions:
     """Magnitude above which a column stays in 16 bit, or a multiple of its row's mean magnitude, such as
     "8x". None: the scheme's (8x)."""
     capacity: int | None = None
-    """Most outlier columns of one linear, a multiple of 16. None: min(128, max(16, K/32))."""
+    """Most outlier columns of one linear, a multiple of 16. None: min(128, max(16, K/16)); K/32 where the
+    threshold is a magnitude."""
     miss: str | None = None
     """What a new outlier column does: exact, lazy, frozen, static or per_call."""
     stats: CalibrationStats | None = None

@@ -63,7 +63,8 @@ def test_learning_equals_the_simulation(name: str, miss: str, dtype: torch.dtype
         assert found["index"][: len(expected.slots)].tolist() == expected.slots, where + "column of each slot"
         assert int(found["counters"][0]) == len(expected.slots), where + "count"
         assert int(found["counters"][OVERFLOW]) == expected.overflow, where + "overflow"
-        assert float(found["effective_threshold"]) == expected.limit, where + "effective threshold"
+        sign = -1 if expected.relative else 1
+        assert float(found["effective_threshold"]) == sign * expected.limit, where + "effective threshold"
         slots = torch.full((x.shape[-1],), -1)
         slots[expected.columns] = torch.arange(len(expected.columns))
         assert found["column_slot"].tolist() == slots.tolist(), where + "slot of each column"

@@ -24,7 +24,7 @@ MAXIMA = {
 }
 
 
-def annotate(graph: CapturedGraph, stats, options: str = "force=true"):  # type: ignore[no-untyped-def]
+def annotate(graph: CapturedGraph, stats, options: str = "force=true threshold=6"):  # type: ignore[no-untyped-def]
     return run(graph, f"{NAMED},select-scheme{{{options}}},annotate-outliers", stats=stats)
 
 
@@ -74,7 +74,7 @@ def test_with_4_bit_activations_every_slot_is_used() -> None:
 @pytest.mark.parametrize(("choose", "expected"), [("above", 2), ("largest", 16)])
 @pytest.mark.parametrize("name", ["w8a8o16", "w4a8o16", "w4a4o16"])
 def test_the_policy_and_not_the_number_of_bits_says_how_many(name: str, choose: str, expected: int) -> None:
-    scheme = get_scheme(name).with_outliers(choose=choose)
+    scheme = get_scheme(name).with_outliers(choose=choose, threshold=6.0)
     found = calibrated_columns(statistics(MAXIMA), "attn.q_proj", scheme, 64)
     assert found is not None
     assert len(found[0]) == expected
@@ -95,7 +95,7 @@ def test_another_choice_of_columns_is_refused() -> None:
 
 def test_each_linear_is_treated_by_its_own_scheme() -> None:
     graph = captured(network(), "dynamo")
-    annotate(graph, statistics(MAXIMA), "force=true layers=attn.k_proj=w4a4o16,attn.o_proj=w8a8")
+    annotate(graph, statistics(MAXIMA), "force=true threshold=6 layers=attn.k_proj=w4a4o16,attn.o_proj=w8a8")
     found = columns(graph)
     assert len(found["attn.k_proj"]) == 16
     assert found["attn.q_proj"] == [3, 40]
