@@ -20,6 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 NAMED = "strip-guards,canonicalize-linear"
 CHOSEN = f"{NAMED},select-scheme{{force=true}}"
+BY_MAGNITUDE = f"{NAMED},select-scheme{{force=true threshold=6}}"
 MIXED = f"{CHOSEN},rewrite-mixed-linear{{kernel=ref}}"
 SHARED = f"{MIXED},share-quantize"
 FUSED = f"{SHARED},fuse-epilogue"

@@ -79,6 +79,8 @@ class OptionType:
         if self.base is str:
             return self.check(atom.text)
         if atom.quoted:
+            if self.or_text:
+                return atom.text
             raise ValueError
         if self.base is bool:
             if atom.text not in ("true", "false"):

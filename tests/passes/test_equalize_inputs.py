@@ -9,7 +9,7 @@ import pytest
 import torch
 from captures import ROUTES, capture
 from linear_models import ATTENTION, captured, network, rows, statistics
-from rewriting import CHOSEN, NAMED, decisions, reasons, run
+from rewriting import BY_MAGNITUDE, CHOSEN, NAMED, decisions, reasons, run
 from small_transformers import CLASSES, difference, output, rewritten, tokens, transformer
 from torch import nn
 
@@ -188,7 +188,7 @@ class TestErrors:
 
 def test_calibrated_outlier_columns_are_those_of_the_equalized_value() -> None:
     """The raw maxima would keep a column in 16 bit that is none any more."""
-    text = f"{CHOSEN},equalize-inputs,annotate-outliers"
+    text = f"{BY_MAGNITUDE},equalize-inputs,annotate-outliers"
     graph, plain = captured(network(), "export"), captured(network(), "export")
     run(graph, text, stats=statistics(STATS))
     run(plain, text.replace("equalize-inputs,", ""), stats=statistics(STATS))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from captures import ROUTES
 from linear_models import ATTENTION, FEATURES, Attention, captured, network, rows, statistics
-from rewriting import CHOSEN, MIXED, WHOLE, call, mixq_calls, nodes_of, reasons, run, sqnr
+from rewriting import BY_MAGNITUDE, CHOSEN, MIXED, WHOLE, call, mixq_calls, nodes_of, reasons, run, sqnr
 from torch import Tensor, nn
 
 from mixq_compile.errors import OptionError
@@ -100,7 +100,7 @@ def test_calibrated_columns_start_in_the_cache() -> None:
     store = WeightStore()
     stats = statistics({name: {3: 9.0, 40: 30.0} for name in ATTENTION})
     graph = captured(model, "dynamo")
-    run(graph, f"{CHOSEN},annotate-outliers,rewrite-mixed-linear", stats=stats, weights=store)
+    run(graph, f"{BY_MAGNITUDE},annotate-outliers,rewrite-mixed-linear", stats=stats, weights=store)
     (state, *_) = store.states([model.attn.q_proj.weight])
     packed = next(iter(store._entry(model.attn.q_proj.weight).packed.values()))
     assert state.columns() == [3, 40]

@@ -204,5 +204,5 @@ def test_a_directory_that_is_none() -> None:
 def test_statistics_of_a_part_are_those_of_the_whole(tmp_path: Path) -> None:
     """A saved model keeps which columns were calibrated, not the statistics themselves."""
     model = nn.Sequential(nn.Linear(FEATURES, FEATURES))
-    mixq.quantize(model, stats=statistics({"0": {3: 9.0}}), miss="static")
+    mixq.quantize(model, stats=statistics({"0": {3: 9.0}}), miss="static", threshold=6.0)
     assert model[0].calibrated == ((3, 9.0),)

@@ -47,7 +47,7 @@ def test_keeping_originals_makes_new_columns_exact() -> None:
     x = rows(columns=(3, 40), size=300.0)
     errors = {}
     for kept in (False, True):
-        model = mixq.quantize(block(), keep_originals=kept)
+        model = mixq.quantize(block(), keep_originals=kept, threshold=6.0)
         errors[kept] = sqnr(block()(x), model(x))
     assert errors[True] > errors[False] + 3
 
@@ -155,7 +155,7 @@ def test_without_force_slow_linears_are_left_alone() -> None:
 
 def test_calibrated_columns_are_used() -> None:
     stats = statistics({name: {3: 9.0, 40: 30.0} for name in ATTENTION})
-    model = mixq.quantize(network(), stats=stats, miss="static")
+    model = mixq.quantize(network(), stats=stats, miss="static", threshold=6.0)
     assert model.attn.q_proj.outlier_state().columns() == [3, 40]
     original = network().attn.q_proj.weight[:, [3, 40]]
     assert torch.equal(model.attn.q_proj.outlier_weight[:, :2], original)
