@@ -117,8 +117,8 @@ class OutlierPolicy:
     """Which columns of an activation stay in 16 bit, how many at most, and what a new one does."""
 
     threshold: Threshold = DEFAULT_THRESHOLD
-    """A column is an outlier column if some element's magnitude is above this: a number (theta), or a multiple
-    of the mean magnitude of the element's row, such as `8x`."""
+    """A column is an outlier column if some element's magnitude is above this: a number (theta), or a
+    multiple of the mean magnitude of the element's row, such as `8x`."""
     capacity: int | None = None
     """Most columns kept; a multiple of 16. None: min(128, max(16, K/16 rounded up to 16)), and half as many
     where the threshold is a magnitude."""

@@ -16,6 +16,7 @@ PAPER_THRESHOLD = 6.0
 DEFAULT_THRESHOLD: Threshold = "8x"
 """A multiple, because magnitudes that fit one model do not fit the next; measured, see docs/semantics.md."""
 
+_MUST_BE = "threshold must be a number, or a multiple of the row's mean magnitude such as '8x'"
 _MULTIPLE = re.compile(r"(\d+(?:\.\d+)?)x")
 
 
@@ -25,26 +26,22 @@ def multiple_of(threshold: Threshold) -> float | None:
         return None
     match = _MULTIPLE.fullmatch(threshold)
     if match is None:
-        raise OptionError(
-            f"threshold must be a number, or a multiple of the row's mean magnitude such as '8x', not {threshold!r}."
-        )
+        raise OptionError(f"{_MUST_BE}, not {threshold!r}.")
     return float(match[1])
 
 
 def checked(threshold: Any) -> Threshold:
     """The threshold, if it is one. Raises OptionError."""
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float, str)):
-        raise OptionError(
-            f"threshold must be a number, or a multiple of the row's mean magnitude such as '8x', not {threshold!r}."
-        )
+        raise OptionError(f"{_MUST_BE}, not {threshold!r}.")
     number = multiple_of(threshold)
     if number is None:
         number = float(threshold)
     if math.isnan(number) or number <= 0:
         raise OptionError(
-            f"threshold must be above 0, not {threshold}: activations whose magnitude exceeds it are kept in "
-            "16 bit. The default is '8x', eight times the row's mean magnitude; 6.0 is the papers' magnitude; "
-            "use scheme 'w8a8' for none."
+            f"threshold must be above 0, not {threshold}: activations whose magnitude exceeds it are kept "
+            "in 16 bit. The default is '8x', eight times the row's mean magnitude; 6.0 is the "
+            "papers' magnitude; use scheme 'w8a8' for none."
         )
     return threshold
 

@@ -14,13 +14,14 @@ from mixq_compile import ops
 from mixq_compile.benchmarking.packed_linear import ACTIVATION, PackedLinear
 from mixq_compile.ops.outlier_state import COUNT, FLAG
 from mixq_compile.ops.weight_codes import EPSILON
+from mixq_compile.thresholds import state_number
 
 _LARGEST_CODE = ACTIVATION.largest_code
 
 
 def detect_first(linear: PackedLinear, x: Tensor) -> Tensor:
     """Looks for the outlier columns of this call, waits for the device to say which, then quantizes."""
-    above = x.abs().amax(dim=0) > linear.state.threshold
+    above = x.abs().amax(dim=0) > state_number(linear.state.threshold)
     columns = above.nonzero().flatten()  # the host waits here: it must know how many
     codes, scale = _row_codes(x.index_fill(1, columns, 0.0))
     product = x[:, columns] @ linear.weight[:, columns].t()

@@ -11,8 +11,8 @@ from mixq_compile.benchmarking.layer_errors import layer_errors, simulated_error
 from mixq_compile.benchmarking.simulated_schemes import SIMULATED
 from mixq_compile.cli.output import step
 from mixq_compile.inspection.layers import calibrated_columns
-from mixq_compile.thresholds import PAPER_THRESHOLD
 from mixq_compile.schemes.registry import get_scheme
+from mixq_compile.thresholds import PAPER_THRESHOLD
 
 if TYPE_CHECKING:
     from mixq_compile.cli.capturing import Captured

@@ -51,13 +51,13 @@ class OutlierState:
     column_slot: Tensor
     """[K] int32: the slot of each column, -1 where it is no outlier."""
     column_max: Tensor
-    """[C] fp32: largest magnitude seen in a slot's column, in calls that found a new column; where the threshold
-    is a multiple, the largest multiple of a row's mean."""
+    """[C] fp32: largest magnitude seen in a slot's column, in calls that found a new column; where the
+    threshold is a multiple, the largest multiple of a row's mean."""
     counters: Tensor
     """[4] int32: count, overflow (columns turned away), flag (a row exceeded), frozen."""
     effective_threshold: Tensor
-    """[1] fp32: the threshold, or the largest column maximum that found no slot; minus the multiple where it is
-    one."""
+    """[1] fp32: the threshold, or the largest column maximum that found no slot; minus the multiple where it
+    is one."""
     threshold: Threshold
     calibrated: tuple[tuple[int, float], ...] = ()
     """Columns, with their maxima, that a reset keeps."""

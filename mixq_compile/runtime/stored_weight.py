@@ -11,6 +11,7 @@ from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.joint_rows import held_bytes
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.scheme import QuantScheme, WeightRecipe
+from mixq_compile.thresholds import Threshold
 from mixq_compile.weights import recipe as recipes
 from mixq_compile.weights.quantized_weight import QuantizedWeight
 from mixq_compile.weights.recipe import InputStatistics

@@ -19,7 +19,8 @@ def calibrated_columns(
 
     By its policy's `choose`: the columns above the threshold, at most as many as there are slots, or
     always as many, the largest first. Where the threshold is a multiple of a row's mean magnitude, that is
-    the mean over all rows here: statistics are not by row. `inverse` is what each channel is multiplied by since then, `[K]`.
+    the mean over all rows here: statistics are not by row. `inverse` is what each channel is multiplied
+    by since then, `[K]`.
     """
     policy = scheme.outliers
     found = stats.find(fqn)

@@ -219,7 +219,9 @@ def many_rows(dtype: torch.dtype) -> OnlineCase:
 def a_multiple_of_the_mean(dtype: torch.dtype) -> OnlineCase:
     first, second = _planted(7, 171, [3, 90, 170]), _planted(9, 171, [3, 50], size=60.0, seed=1)
     # Each row is judged by its own size: a small row's outlier counts as a large one's does.
-    return OnlineCase([(first * 2.0**-7).to(dtype), (second * 2.0**5).to(dtype)], threshold="8x", known=[1, 90])
+    return OnlineCase(
+        [(first * 2.0**-7).to(dtype), (second * 2.0**5).to(dtype)], threshold="8x", known=[1, 90]
+    )
 
 
 @_online

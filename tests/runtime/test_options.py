@@ -29,8 +29,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "zero threshold": ({"threshold": 0}, "threshold must be above 0, not 0"),
     "negative threshold": ({"threshold": -6.0}, "threshold must be above 0, not -6.0"),
     "threshold NaN": ({"threshold": math.nan}, "threshold must be above 0, not nan"),
-    "threshold text": ({"threshold": "6"}, "threshold must be a number, or a multiple of the row's mean magnitude such as '8x', not '6'"),
-    "threshold bool": ({"threshold": True}, "threshold must be a number, or a multiple of the row's mean magnitude such as '8x', not True"),
+    "threshold text": (
+        {"threshold": "6"},
+        "threshold must be a number, or a multiple of the row's mean magnitude such as '8x', not '6'",
+    ),
+    "threshold bool": (
+        {"threshold": True},
+        "threshold must be a number, or a multiple of the row's mean magnitude such as '8x', not True",
+    ),
     "odd capacity": ({"capacity": 100}, "capacity must be a positive multiple of 16, not 100"),
     "zero capacity": ({"capacity": 0}, "capacity must be a positive multiple of 16, not 0"),
     "fractional capacity": ({"capacity": 16.0}, "capacity must be a positive multiple of 16, not 16.0"),

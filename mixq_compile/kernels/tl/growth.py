@@ -247,8 +247,8 @@ def grow_state(
     maxima = scratch + _HEADER + _aligned(rows) + columns
     for strip in range(tl.program_id(0), tl.cdiv(columns, TILE_COLUMNS) * splits, tl.num_programs(0)):
         _column_maxima(
-            x, scale, row_mask, scratch + _HEADER, maxima, strip, rows, columns, splits, x_stride, POLICY, TILE_ROWS,
-            TILE_COLUMNS,
+            x, scale, row_mask, scratch + _HEADER, maxima, strip, rows, columns, splits, x_stride, POLICY,
+            TILE_ROWS, TILE_COLUMNS,
         )  # fmt: skip
     # All threads of a program must have written before its one atomic publishes that.
     tl.debug_barrier()
@@ -281,7 +281,8 @@ def _splits(rows: int, columns: int) -> int:
 def scratch_for(matrix: Tensor, slots: int) -> Tensor:
     """Uninitialised work memory of one call on `[M, K]`; the first launch of the call clears its header.
 
-    After the header: what each row's magnitudes are multiplied by to compare them `[M]`, keys `[K]`, partial column maxima `[splits, K]`, marks `[C]`, free slots `[C]`.
+    After the header: what each row's magnitudes are multiplied by to compare them `[M]` (rounded up
+    to 16), keys `[K]`, partial column maxima `[splits, K]`, marks `[C]`, free slots `[C]`.
     """
     rows, columns = matrix.shape
     length = HEADER + ceil_div(rows, 16) * 16 + columns * (1 + _splits(rows, columns)) + 2 * slots

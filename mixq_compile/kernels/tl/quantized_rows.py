@@ -69,7 +69,9 @@ def _units(values, per_unit):
 
 
 @triton.jit
-def _inverse_mean(parts, taken, row_maximum, columns, PART: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+def _inverse_mean(
+    parts, taken, row_maximum, columns, PART: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr
+):
     """The inverse of the mean magnitude of a finite row, or 0: `row_factors` of the reference."""
     overall = row_maximum
     if SLOTS > 0:
