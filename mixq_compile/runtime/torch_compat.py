@@ -139,3 +139,13 @@ def _references(tensor: torch.Tensor) -> int:
 def mark_dynamic(tensor: torch.Tensor, dimension: int) -> None:
     """Lets one compilation serve every size (from 2 up) of a dimension, where others stay fixed."""
     torch._dynamo.mark_dynamic(tensor, dimension)
+
+
+def suggest_dynamic(tensor: torch.Tensor, dimension: int) -> None:
+    """Like `mark_dynamic`, but a model that needs one size compiles for each instead of failing."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def mark_static_address(tensor: torch.Tensor) -> None:
+    """Says that a tensor stays where it is: CUDA graphs read and write it there instead of copying it."""
+    torch._dynamo.mark_static_address(tensor)
