@@ -29,8 +29,8 @@ from mixq_compile.runtime.generation_inputs import Prompt, decoding_inputs, prom
 from mixq_compile.runtime.generation_options import (
     INDUCTOR,
     MIXQ,
-    TAKE_MODES,
     SHORTEST_PROMPT,
+    TAKE_MODES,
     GenerationOptions,
     Sizes,
 )
@@ -108,6 +108,7 @@ class Entry:
         self.prepared, self.method = prepared, method
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Calls the prepared model's method of this name."""
         return getattr(self.prepared, self.method)(*arguments, **named)
 
     @property
@@ -220,7 +221,8 @@ class PreparedGeneration:
 
     def _call_of(self, shape: CallShape) -> Call | str:
         """The sizes and the cache of a call; or why none fit."""
-        assert self.sizes is not None and self.caches is not None
+        assert self.sizes is not None
+        assert self.caches is not None
         batch = self.sizes.batch(shape.rows)
         if batch is None:
             most = self.sizes.batches[-1]

@@ -66,7 +66,7 @@ class SharedCaches:
 
     def _replace_memory(self, tokens: int) -> None:
         self._memory = []
-        for (batch, length), cache in self._caches.items():
+        for cache in self._caches.values():
             for layer, shape in zip(cache.layers, self._layers, strict=True):
                 nothing = torch.empty(0, dtype=shape.dtype, device=shape.device)
                 layer.keys = layer.values = nothing

@@ -41,7 +41,8 @@ def check_model(model: nn.Module) -> None:
     reason = _why_not(model)
     if reason is not None:
         raise OptionError(
-            f"a {type(model).__name__} cannot be prepared for generation: {reason}. Its generate() stays as it is."
+            f"a {type(model).__name__} cannot be prepared for generation: {reason}. "
+            "Its generate() stays as it is."
         )
 
 
@@ -65,7 +66,7 @@ def _why_not(model: Any) -> str | None:
 
 
 def check_cache(layers: Any, model: nn.Module) -> None:
-    """Raises OptionError where a model's cache keeps a window or other state: only whole ones are prepared."""
+    """Raises OptionError where a model's cache keeps a window or other state."""
     from transformers.cache_utils import StaticLayer
 
     for number, layer in enumerate(layers):

@@ -39,7 +39,7 @@ class GenerationOptions:
     cache_lengths: tuple[int, ...] | None = None
     """Lengths of the key-value cache; a call takes the first that holds it. None: powers of two from 256."""
     graph_prompt_tokens: int = 1024
-    """Prompts of at most so many tokens, over the batch, run in CUDA graphs; larger ones gain nothing by it."""
+    """Prompts of at most so many tokens, over the batch, run in CUDA graphs; larger ones would not gain."""
     backend: str | None = None
     """A backend of `torch.compile`. None: mixq where the model has quantized modules, else inductor."""
     mode: str | None = None
@@ -110,7 +110,7 @@ class Sizes:
 
     @classmethod
     def of(cls, options: GenerationOptions, context: int | None, in_graphs: bool) -> Sizes:
-        """The sizes for a model with this context. Raises OptionError where it is too short for what is asked."""
+        """The sizes for a model with this context. Raises OptionError where more than that is asked."""
         longest = options.max_length or min(context or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
         if context is not None and longest > context:
             raise OptionError(f"max_length={longest} is more than the model's context of {context} tokens.")
