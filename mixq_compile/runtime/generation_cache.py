@@ -84,7 +84,7 @@ class SharedCaches:
     def _made(self, batch: int, length: int) -> Any:
         from transformers import StaticCache
 
-        cache = StaticCache(config=self._config, max_cache_len=1)
+        cache: Any = StaticCache(config=self._config, max_cache_len=1)
         for layer, shape in zip(cache.layers, self._layers, strict=True):
             keys = torch.empty(batch, shape.heads, 0, shape.key_width, dtype=shape.dtype, device=shape.device)
             values = torch.empty(
