@@ -113,7 +113,7 @@ class Entry:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.prepared.own(self.method))
+        return self.prepared.signature(self.method)
 
 
 @dataclass
@@ -145,6 +145,9 @@ class PreparedGeneration:
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.caches: SharedCaches | None = None
         self.sizes: Sizes | None = None
+        self.in_graphs = False
+        """Whether steps run in CUDA graphs."""
+        self._signatures: dict[str, inspect.Signature] = {}
         self._place: Any = None
         self._said: set[str] = set()
 
@@ -163,6 +166,13 @@ class PreparedGeneration:
             found = getattr(type(self.model), method).__get__(self.model)
         return found  # type: ignore[no-any-return]
 
+    def signature(self, method: str) -> inspect.Signature:
+        """The signature of the model's own method, which transformers asks for at every token."""
+        found = self._signatures.get(method)
+        if found is None:
+            found = self._signatures[method] = inspect.signature(self.own(method))
+        return found
+
     def install(self, method: str) -> None:
         """Stands in place of a method of the model."""
         self.replaced[method] = self.model.__dict__.get(method)
@@ -176,17 +186,13 @@ class PreparedGeneration:
         else:
             self.model.__dict__[method] = replaced
 
-    @property
-    def in_graphs(self) -> bool:
-        """Whether steps run in CUDA graphs."""
-        return self.model.device.type == "cuda" and self.options.mode in (None, *GRAPH_MODES)
-
     def examine(self) -> None:
         """Looks at the model's cache by one call on two made-up tokens, which teach nothing."""
         place = place_of(self.model)
         if place == self._place:
             return
-        self.compiled = {}
+        self.compiled, self._signatures = {}, {}
+        self.in_graphs = place[0].type == "cuda" and self.options.mode in (None, *GRAPH_MODES)
         from transformers import StaticCache
 
         config = self.model.config.get_text_config(decoder=True)

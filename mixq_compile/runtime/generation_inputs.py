@@ -118,7 +118,7 @@ def _repeated_mask(mask: Tensor | None, source: Tensor, prompt: Prompt, cache: i
     if mask is None:
         # Attention that would be causal by its kernel alone: what fills up must not see what fills up.
         seen = torch.arange(cache, dtype=torch.int64, device=source.device) <= source[0][:, None]
-        return seen.expand(prompt.batch, 1, -1, -1)
+        return seen.expand(prompt.batch, 1, -1, -1).contiguous()  # as a gathered one is
     rows = max(source.shape[0], mask.shape[0])
     whole = mask.expand(rows, -1, -1, -1)
     index = source.expand(rows, -1)[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3])

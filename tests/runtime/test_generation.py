@@ -19,10 +19,18 @@ import mixq_compile as mixq
 from mixq_compile.errors import OptionError
 from mixq_compile.runtime.generation import prepared_generation
 
-SIZES: dict[str, Any] = {"max_length": 64, "batch_sizes": (1, 4), "prompt_lengths": (8, 16), "cache_lengths": (32, 64)}
+SIZES: dict[str, Any] = {
+    "max_length": 64,
+    "batch_sizes": (1, 4),
+    "prompt_lengths": (8, 16),
+    "cache_lengths": (32, 64),
+}
 TRACED: dict[str, Any] = {"backend": "eager"}
 """Compiled without code generation: what is tested is what runs, not how fast."""
-QUANTIZED: dict[str, Any] = {"backend": "mixq", "options": {"lowering": "eager", "kernel": "ref", "force": True}}
+QUANTIZED: dict[str, Any] = {
+    "backend": "mixq",
+    "options": {"lowering": "eager", "kernel": "ref", "force": True},
+}
 PROMPTS = [
     pytest.param((6,), 8, id="shorter than its bucket"),
     pytest.param((8,), 8, id="as long as its bucket"),
@@ -182,7 +190,11 @@ def test_scores_and_the_returned_cache_are_the_callers_own(plain: Any) -> None:
     mask = torch.cat([prompts((7, 5))["attention_mask"], torch.ones(2, 6, dtype=torch.long)], dim=1)
     more = [
         each.generate(
-            wanted.sequences, attention_mask=mask, past_key_values=kept.past_key_values, max_new_tokens=4, do_sample=False
+            wanted.sequences,
+            attention_mask=mask,
+            past_key_values=kept.past_key_values,
+            max_new_tokens=4,
+            do_sample=False,
         )
         for each, kept in ((model, wanted), (prepared, found))
     ]
@@ -260,11 +272,15 @@ def test_caches_of_all_sizes_share_one_memory() -> None:
     prepared = mixq.prepare_for_generation(tiny_llama(), **SIZES, **TRACED)
     inside = prepared_generation(prepared)
     text(prepared, (6,))
-    assert inside.caches.nbytes == 2 * 2 * 2 * 1 * 32 * 16 * 4, "layers, keys and values, heads, batch, tokens, width"
+    assert inside.caches.nbytes == 2 * 2 * 2 * 1 * 32 * 16 * 4, (
+        "layers, keys and values, heads, batch, tokens, width"
+    )
     text(prepared, (6, 6))
     largest = inside.caches.nbytes
     assert largest == 4 * 2 * 2 * 2 * 1 * 32 * 16 * 4
-    assert torch.equal(text(prepared, (6,)), text(tiny_llama(), (6,))), "the smaller one is broken by the larger"
+    assert torch.equal(text(prepared, (6,)), text(tiny_llama(), (6,))), (
+        "the smaller one is broken by the larger"
+    )
     assert inside.caches.nbytes == largest
 
 
@@ -318,7 +334,9 @@ def test_threads_take_turns(plain: Any) -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[seed], wanted[seed]) for seed in range(4))
-    assert all(torch.equal(each, model(ids()).logits) for each in logits), "another thread's forward was taken over"
+    assert all(torch.equal(each, model(ids()).logits) for each in logits), (
+        "another thread's forward was taken over"
+    )
 
 
 def test_a_model_moved_to_another_dtype_generates_in_it() -> None:

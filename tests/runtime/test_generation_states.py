@@ -75,7 +75,13 @@ def test_warming_up_compiles_everything_and_teaches_nothing() -> None:
     model = model_with_loud_padding()
     before = states(model)
     prepared = mixq.prepare_for_generation(
-        model, max_length=32, batch_sizes=(1, 2), prompt_lengths=(8, 16), cache_lengths=(32,), warm_up=True, **QUANTIZED
+        model,
+        max_length=32,
+        batch_sizes=(1, 2),
+        prompt_lengths=(8, 16),
+        cache_lengths=(32,),
+        warm_up=True,
+        **QUANTIZED,
     )
     for name, buffer in states(prepared).items():
         assert torch.equal(buffer, before[name]), f"{name} was changed by warming up"
