@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
+from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.composition import (
     STATIC,
     multiplied,
@@ -23,6 +24,7 @@ from mixq_compile.ops.composition import (
 )
 from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
+from mixq_compile.ops.quantize_affine import affine_format
 from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import LEARNING, STATES, state_access
@@ -47,7 +49,12 @@ def _operands(recipe: LinearRecipe) -> operand_checks.Operands:
 
 
 def _examine_parts(recipe: LinearRecipe, given: Mapping[str, Any]) -> None:
-    """Raises OperandError where the weight is not as its format says."""
+    """Raises OperandError where the weight is not as its format says.
+
+    Raises OptionError for an activation that no quantization writes, before anything is learned.
+    """
+    if recipe.activation is not None:
+        (affine_format if recipe.weight.sums else code_bits)(str(recipe.activation))
     if not told_by_codes(recipe.weight.format):
         operand_checks.examine_weight(
             "linear", recipe.weight.format, given["x"], given["weight_codes"], given["weight_scale"],
