@@ -14,7 +14,7 @@ from torch import Tensor
 from mixq_compile.errors import OptionError, StatisticsError
 from mixq_compile.formats import INT8, TensorFormat
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import LowRank, OutlierPolicy, QuantScheme, WeightRecipe
+from mixq_compile.scheme import SOLVERS, LowRank, OutlierPolicy, QuantScheme, WeightRecipe
 from mixq_compile.weights.quantized_weight import QuantizedWeight
 from mixq_compile.weights.recipe import empty, make, nbytes, parts
 
