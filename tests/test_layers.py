@@ -46,7 +46,7 @@ PRIVATE = {
     ),
     "torch._ops": ("ir/effects.py", "ir/verify.py"),
     # Dynamo writes torch.nn.functional.linear under its C name.
-    "torch._C": ("ir/linear_spellings.py", "runtime/torch_compat.py"),
+    "torch._C": ("ir/linear_spellings.py", "runtime/torch_compat.py", "ops/registration.py"),
     "torch.utils._pytree": ("ir/verify.py", "ir/graph.py", "runtime/export.py"),
 }
 """Private modules of torch, and the only files that touch each; kernels are not looked at."""

@@ -16,6 +16,8 @@ PARTS = (GEMM, WHOLE, QUANTIZE, ERRORS)
 PREFILL, DECODE, SINGLE = "prefill", "decode", "single"
 KINDS = (PREFILL, DECODE, SINGLE)
 """Workloads of `mixq bench model`."""
+HOST_WAYS = ("compiled", "graphs", "eager")
+"""Ways in which `mixq bench host` runs layers."""
 
 INT_MM, FP8, FP8_DYNAMIC = "int_mm", "fp8", "fp8-dynamic"
 INDUCTOR, TORCHAO_INT8, TORCHAO_FP8, LLM_INT8 = "inductor", "torchao-int8", "torchao-fp8", "llm-int8"
@@ -63,6 +65,11 @@ def parse_batch(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise OptionError(f"sequences x tokens, for example 8x2048, not {text!r}.")
     return int(parts[0]), int(parts[1])
+
+
+def parse_batches(text: str) -> tuple[tuple[int, int], ...]:
+    """Several of what `parse_batch` reads, with commas between."""
+    return tuple(parse_batch(part) for part in text.split(","))
 
 
 def parse_names(text: str, kind: str, valid: Sequence[str]) -> tuple[str, ...]:

@@ -10,11 +10,13 @@ import typer
 from mixq_compile.benchmarking.choices import (
     DEFAULT_PEERS,
     FP8_DYNAMIC,
+    HOST_WAYS,
     KINDS,
     MODEL_PEERS,
     PARTS,
     PEERS,
     parse_batch,
+    parse_batches,
     parse_names,
     parse_numbers,
     parse_schemes,
@@ -257,11 +259,57 @@ def model(
     run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
 
 
+def host(
+    model: ModelName = "llama-3-8b",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model that are built.")] = 4,
+    batches: Annotated[
+        str,
+        typer.Option(
+            callback=valid(parse_batches), help="Sequences x tokens of each, with commas between the batches."
+        ),
+    ] = "4x1024,8x128,1x16",
+    only: Annotated[
+        str,
+        typer.Option(
+            callback=valid(lambda text: parse_names(text, "way", HOST_WAYS)),
+            help=f"Ways to run the layers, with commas between: {', '.join(HOST_WAYS)}.",
+        ),
+    ] = "all",
+    replays: Replays = 41,
+    device: Device = "auto",
+    output: Output = None,
+    commit: Commit = "",
+    json: Json = False,
+    lowering: Lowering = "inductor",
+) -> None:
+    """Measure what a call costs the host: each operator, and layers compiled, in CUDA graphs and eager.
+
+    As a user calls them: 16 bit by torch.compile, the same model with backend="mixq", and swapped linears
+    beside eager ones, turn by turn. Where the device waits for the host, fast kernels make a slow product.
+
+    Example: [bold]mixq bench host --batches 8x128 --only compiled,eager[/bold]
+    """
+    from mixq_compile.benchmarking import host_time as benchmark
+    from mixq_compile.cli.benchmark_running import run
+
+    chosen = parse_names(only, "way", HOST_WAYS)
+    options = benchmark.HostOptions(
+        model=model,
+        layers=layers,
+        batches=parse_batches(batches),
+        ways=tuple(way for name, way in zip(HOST_WAYS, benchmark.WAYS, strict=True) if name in chosen),
+        replays=replays,
+        lowering=lowering,
+    )
+    run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
+
+
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "kernels": kernels,
     "layers": layers,
     "model": model,
     "breakdown": breakdown,
     "structure": structure,
+    "host": host,
 }
 """Every benchmark under its name."""

@@ -170,8 +170,9 @@ def _kernels(device_types: list[str]) -> list[dict[str, Any]]:
                 for dtype in DTYPES:
                     for bits in (8, 4):
                         query = KernelQuery(
-                            operator, torch.device(device), getattr(torch, dtype), TensorFormat(bits)
-                        )
+                            operator, torch.device(device), getattr(torch, dtype), TensorFormat(bits),
+                            TensorFormat(8, signed=operator != "quantize_affine"),
+                        )  # fmt: skip
                         verdict = provider.supports(query)
                         rows.append(
                             {

@@ -77,6 +77,18 @@ def llamacpp_windows(tokenizer: Any, text: str, window: int, limit: int | None) 
     return [Window((*bos, *part[len(bos) :]), first_scored) for part in _cut(tokens, window, limit)]
 
 
+def bos_windows(tokenizer: Any, text: str, window: int, limit: int | None) -> list[Window]:
+    """The lines joined by blank lines, tokenized once, cut into windows that each begin with BOS.
+
+    All tokens of a window but BOS are scored. For models that are lost without BOS, such as Gemma; of a
+    tokenizer that has none the first token of a window stands in its place.
+    """
+    tokens = _with_bos(tokenizer, "\n\n".join(text.split("\n")))
+    bos = _bos(tokenizer)
+    parts = _cut(tokens[len(bos) :], window - len(bos), limit)
+    return [Window((*bos, *part), 1) for part in parts]
+
+
 def story_windows(tokenizer: Any, text: str, window: int, limit: int | None) -> list[Window]:
     """Each story on its own, BOS first, truncated to the window; all tokens but the first are scored.
 
@@ -98,6 +110,7 @@ PROTOCOLS = {
     for protocol in (
         Protocol("gptq", "windows of 2048 without overlap; the standard", 2048, gptq_windows),
         Protocol("llamacpp", "windows of 512, second half scored", 512, llamacpp_windows),
+        Protocol("windows", "windows of 512 that each begin with BOS, all else scored", 512, bos_windows),
         Protocol("stories", f"each text between {STORY_SEPARATOR} on its own", None, story_windows),
     )
 }

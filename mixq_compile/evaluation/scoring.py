@@ -44,7 +44,7 @@ def total_nll(
     """
     device = model_device(model)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    batches = _batches(windows, batch_size, pad_to, longest)
+    batches = batched(windows, batch_size, pad_to, longest)
     with evaluation_mode(model):
         for batch, length in _with_progress(batches, progress):
             rows = batch if pad_to is None else [*batch, *batch[:1] * (batch_size - len(batch))]
@@ -123,7 +123,7 @@ def evaluation_mode(model: Callable[..., Any]) -> Iterator[None]:
             module.training = training
 
 
-def _batches(
+def batched(
     windows: Sequence[Window], batch_size: int, pad_to: int | None, longest: int
 ) -> list[tuple[list[Window], int]]:
     """Batches with the length to pad them to.

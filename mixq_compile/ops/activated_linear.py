@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_functions import ACTIVATED, check_function
 from mixq_compile.ops.providers import ANY_ACTIVATION, run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
@@ -27,7 +27,7 @@ def _check_halves(weight_codes: Tensor, gated: bool) -> None:
         )
 
 
-@torch.library.custom_op("mixq::activated_linear", mutates_args=(), tags=LAYOUT)
+@operator("mixq::activated_linear", mutates_args=(), tags=LAYOUT)
 def activated_linear(
     x: Tensor,
     codes: Tensor,

@@ -31,11 +31,3 @@ def code_bits(format: str) -> int:
 def largest_code(format: str) -> int:
     """The largest code of an activation in a format: 127 or 7. Raises OptionError as `code_bits` does."""
     return (1 << (code_bits(format) - 1)) - 1
-
-
-@functools.lru_cache(maxsize=64)
-def format_of_bits(bits: int) -> str:
-    """The format of codes with so many bits, where an operator takes a number. Raises as `code_bits` does."""
-    format = f"int{bits}"
-    code_bits(format)
-    return format

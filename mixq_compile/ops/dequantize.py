@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, ANY_WEIGHT, run, run_with
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.traits import declare
 
 
-@torch.library.custom_op("mixq::dequantize", mutates_args=(), tags=LAYOUT)
+@operator("mixq::dequantize", mutates_args=(), tags=LAYOUT)
 def dequantize(
     x: Tensor,
     accumulator: Tensor,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import KernelQuery, supporting
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 
 
-@torch.library.custom_op("mixq::grouped_linear", mutates_args=(), tags=LAYOUT)
+@operator("mixq::grouped_linear", mutates_args=(), tags=LAYOUT)
 def grouped_linear(
     codes: Tensor,
     scale: Tensor,

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
+from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.composition import (
     STATIC,
     multiplied,
@@ -24,6 +24,8 @@ from mixq_compile.ops.composition import (
 )
 from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.providers import AUTO, linear_query, small_batch_limit
+from mixq_compile.ops.quantize_affine import affine_format
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import LEARNING, STATES, state_access
 from mixq_compile.ops.traits import declare
@@ -47,7 +49,12 @@ def _operands(recipe: LinearRecipe) -> operand_checks.Operands:
 
 
 def _examine_parts(recipe: LinearRecipe, given: Mapping[str, Any]) -> None:
-    """Raises OperandError where the weight is not as its format says."""
+    """Raises OperandError where the weight is not as its format says.
+
+    Raises OptionError for an activation that no quantization writes, before anything is learned.
+    """
+    if recipe.activation is not None:
+        (affine_format if recipe.weight.sums else code_bits)(str(recipe.activation))
     if not told_by_codes(recipe.weight.format):
         operand_checks.examine_weight(
             "linear", recipe.weight.format, given["x"], given["weight_codes"], given["weight_scale"],
@@ -55,7 +62,7 @@ def _examine_parts(recipe: LinearRecipe, given: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-@torch.library.custom_op("mixq::linear", mutates_args=("state", "cache"), tags=LAYOUT)
+@operator("mixq::linear", mutates_args=("state", "cache"), tags=LAYOUT)
 def linear(
     x: Tensor,
     bias: Tensor | None,

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_name
 
 
-@torch.library.custom_op("mixq::mixed_gemm", mutates_args=(), tags=LAYOUT)
+@operator("mixq::mixed_gemm", mutates_args=(), tags=LAYOUT)
 def mixed_gemm(
     codes: Tensor,
     outliers: Tensor,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, run, run_with
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, WEIGHT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_name
 
 
-@torch.library.custom_op("mixq::mixed_linear", mutates_args=(), tags=LAYOUT)
+@operator("mixq::mixed_linear", mutates_args=(), tags=LAYOUT)
 def mixed_linear(
     x: Tensor,
     codes: Tensor,

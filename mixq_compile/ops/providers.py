@@ -88,6 +88,9 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {}
 """By operator: the operands that every provider takes."""
 _OPTIONAL: dict[str, tuple[str, ...]] = {}
 """By operator: the operands with a default, which a provider may lack."""
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+_AFTER_CHANGES: list[Callable[[], None]] = []
+_AFTER_LOADING: list[Callable[[], object]] = []
 announced: set[tuple[str, str]] = set()
 """Operators and devices of which it has been said that they run the slow reference."""
 
@@ -99,6 +102,26 @@ def declare(op: str, function: Callable[..., Any]) -> None:
     optional = tuple(name for name, given in parameters.items() if given.default is not given.empty)
     _SIGNATURES[op] = tuple(name for name in parameters if name not in (*optional, "kernel"))
     _OPTIONAL[op] = optional
+
+
+def implements(op: str, function: Callable[..., Any]) -> None:
+    """Records the Python function of an operator: it checks, chooses providers and calls them."""
+    _IMPLEMENTATIONS[op] = function
+
+
+def implementations() -> Mapping[str, Callable[..., Any]]:
+    """The Python functions of all operators, composite ones too."""
+    return _IMPLEMENTATIONS
+
+
+def after_loading(ready: Callable[[], object]) -> None:
+    """Calls this once all providers are loaded: for one that then takes over operators of its own."""
+    _AFTER_LOADING.append(ready)
+
+
+def on_change(forget: Callable[[], None]) -> None:
+    """Calls this whenever a provider is registered: what was remembered of a choice may be wrong then."""
+    _AFTER_CHANGES.append(forget)
 
 
 def provider(
@@ -131,6 +154,8 @@ def provider(
         _PROVIDERS.setdefault(op, {})[name] = Provider(
             op, name, function, supports, priority, speedup, small_batch, merges, frozenset(takes)
         )
+        for forget in (choose.cache_clear, _chosen.cache_clear, _chosen_with.cache_clear, *_AFTER_CHANGES):
+            forget()
         return function
 
     return register
@@ -143,6 +168,8 @@ def load_providers() -> tuple[str, ...]:
         package = importlib.import_module(f"{_KERNELS}.{name}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
+    for ready in _AFTER_LOADING:
+        ready()
     return provider_names()
 
 

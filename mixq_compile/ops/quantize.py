@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.providers import ANY_WEIGHT, run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, Given, quantized_like, results_of
 from mixq_compile.ops.traits import declare
 
 
-@torch.library.custom_op("mixq::quantize", mutates_args=(), tags=LAYOUT)
+@operator("mixq::quantize", mutates_args=(), tags=LAYOUT)
 def quantize(
     x: Tensor,
     index: Tensor,

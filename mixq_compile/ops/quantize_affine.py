@@ -9,6 +9,7 @@ from mixq_compile.errors import OptionError
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import KernelQuery, supporting
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, Given, quantized_like, results_of
 from mixq_compile.ops.traits import declare
 
@@ -26,7 +27,7 @@ def affine_format(text: str) -> TensorFormat:
     return found
 
 
-@torch.library.custom_op("mixq::quantize_affine", mutates_args=(), tags=LAYOUT)
+@operator("mixq::quantize_affine", mutates_args=(), tags=LAYOUT)
 def quantize_affine(
     x: Tensor,
     index: Tensor,

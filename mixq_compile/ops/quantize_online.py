@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import ANY_WEIGHT, run, run_with
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, Given, quantized_like, results_of
 from mixq_compile.ops.traits import declare
 
 
-@torch.library.custom_op("mixq::quantize_online", mutates_args=STATE_FIELDS, tags=LAYOUT)
+@operator("mixq::quantize_online", mutates_args=STATE_FIELDS, tags=LAYOUT)
 def quantize_online(
     x: Tensor,
     index: Tensor,

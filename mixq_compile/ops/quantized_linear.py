@@ -10,13 +10,14 @@ from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.activation_functions import QUANTIZING, check_function
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.providers import run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, WEIGHT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import ROW_ALIGNMENT, format_name
 
 
-@torch.library.custom_op("mixq::quantized_linear", mutates_args=STATE_FIELDS, tags=LAYOUT)
+@operator("mixq::quantized_linear", mutates_args=STATE_FIELDS, tags=LAYOUT)
 def quantized_linear(
     codes: Tensor,
     index: Tensor,

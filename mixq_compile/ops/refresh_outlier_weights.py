@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, ANY_WEIGHT, run
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import STATES
 from mixq_compile.ops.traits import declare
 
 
-@torch.library.custom_op(
-    "mixq::refresh_outlier_weights", mutates_args=("cached_index", "outlier_weight"), tags=LAYOUT
-)
+@operator("mixq::refresh_outlier_weights", mutates_args=("cached_index", "outlier_weight"), tags=LAYOUT)
 def refresh_outlier_weights(
     codes: Tensor,
     index: Tensor,

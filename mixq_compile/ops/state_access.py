@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mixq_compile.errors import MixqError
+from mixq_compile.ops.providers import load_providers
 
 State = tuple[Tensor, ...]
 """The buffers of a state, in the order of STATE_FIELDS."""
@@ -199,7 +200,9 @@ class StreamOrder:
     graphs on several streams orders them.
     """
 
-    _orders: ClassVar[dict[torch.device, StreamOrder]] = {}
+    _orders: ClassVar[dict[torch.device, AbstractContextManager[None]]] = {}
+    make: ClassVar[Callable[[torch.device], AbstractContextManager[None]] | None] = None
+    """Makes the orders in place of this class, where a provider launches without Python."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -207,9 +210,12 @@ class StreamOrder:
         self._last: torch.cuda.Stream | None = None
 
     @classmethod
-    def of(cls, device: torch.device) -> StreamOrder:
+    def of(cls, device: torch.device) -> AbstractContextManager[None]:
         """The order of a device's calls."""
-        return cls._orders.setdefault(device, cls(device))
+        if device not in cls._orders:
+            load_providers()
+            cls._orders.setdefault(device, (cls.make or cls)(device))
+        return cls._orders[device]
 
     def __enter__(self) -> None:
         self._launching.acquire()

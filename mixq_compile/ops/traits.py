@@ -50,6 +50,7 @@ def declare(operator: Any, *, composite: bool = False, **traits: Any) -> None:
     found = Traits(operator._name, composite, **traits)
     _check(found, overload)
     _TRAITS[overload] = _TRAITS[str(overload)] = found
+    providers.implements(operator._name, operator._init_fn)
     if not composite:
         providers.declare(operator._name, operator._init_fn)
 

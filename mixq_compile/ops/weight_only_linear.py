@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.providers import ANY_ACTIVATION, run, run_with
+from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_name
 
 
-@torch.library.custom_op("mixq::weight_only_linear", mutates_args=(), tags=LAYOUT)
+@operator("mixq::weight_only_linear", mutates_args=(), tags=LAYOUT)
 def weight_only_linear(
     x: Tensor,
     weight_codes: Tensor,

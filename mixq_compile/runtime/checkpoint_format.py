@@ -73,7 +73,7 @@ def record_left_alone(name: str, entry: Mapping[str, Any]) -> LinearRecord:
         scheme=None,
         kernel=None,
         skip=entry["skip"],
-        outlier_source=None,
+        outlier_weight_source=None,
         float_bytes=entry["float_bytes"],
     )
 

@@ -29,7 +29,7 @@ class LinearRecord:
     kernel: str | None
     skip: str | None
     """Why it stays as it was."""
-    outlier_source: str | None
+    outlier_weight_source: str | None
     """Where the weights of outlier columns come from: `original` or `codes`."""
     float_bytes: int
     """Bytes of the 16- or 32-bit weight."""

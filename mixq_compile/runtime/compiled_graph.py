@@ -130,8 +130,10 @@ class CompiledGraph:
         """Packs weights again that were written since."""
         for place, packed in self._packed:
             now = torch_compat.fingerprint(arguments[place])
-            if any(codes.packed_from != now for codes in packed):
-                STORE.refresh(arguments[place])
+            for codes in packed:
+                if codes.packed_from != now:
+                    STORE.refresh(arguments[place])
+                    break
         self.watch.look(arguments)
 
     def __call__(self, *arguments: Any) -> Any:

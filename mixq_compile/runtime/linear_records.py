@@ -38,7 +38,7 @@ def _state_of(graph: CapturedGraph, quantized: Node, weight: Tensor) -> OutlierS
     return next((state for state in STORE.states([weight]) if state.index is index), None)
 
 
-def _outlier_source(graph: CapturedGraph, product: Node, quantized: Node) -> str | None:
+def _outlier_weight_source(graph: CapturedGraph, product: Node, quantized: Node) -> str | None:
     """Where a product's outlier weights come from; None where it has no outlier slots."""
     codes: Node = operand(product, "codes")
     refresh = next(
@@ -117,7 +117,9 @@ def _record(
         scheme=linear.get("scheme") if quantized else None,
         kernel=kernel,
         skip=None if quantized else linear.get("skip") or "no pass looked at it",
-        outlier_source=_outlier_source(graph, node, quantization) if quantization is not None else None,
+        outlier_weight_source=_outlier_weight_source(graph, node, quantization)
+        if quantization is not None
+        else None,
         float_bytes=weight.nbytes if weight is not None else 0,
         weight=weakref.ref(weight) if weight is not None else None,
         state=weakref.ref(state) if state is not None else None,

@@ -126,7 +126,7 @@ def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> I
             scheme=None if reason else scheme.name,
             kernel=None,
             skip=reason,
-            outlier_source=source,
+            outlier_weight_source=source,
             float_bytes=weight.nbytes,
         )
     for name, weight in _expert_weights(model):
@@ -138,7 +138,7 @@ def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> I
             scheme=None,
             kernel=None,
             skip=GROUPED,
-            outlier_source=None,
+            outlier_weight_source=None,
             float_bytes=weight.nbytes,
         )
 

@@ -19,7 +19,7 @@ class LinearReport:
     scheme: str | None
     kernel: str | None
     skip: str | None
-    outlier_source: str | None
+    outlier_weight_source: str | None
     capacity: int
     outlier_columns: tuple[int, ...]
     overflow: int

@@ -17,6 +17,6 @@ def swap_record(name: str, module: MixqLinear) -> LinearRecord:
         scheme=module.scheme.name,
         kernel=None,
         skip=None,
-        outlier_source=module.outlier_weight_source,
+        outlier_weight_source=module.outlier_weight_source,
         float_bytes=module.out_features * module.in_features * module.weight_marker.element_size(),
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mixq_compile.errors import OptionError
 from mixq_compile.evaluation import PerplexityResult, perplexity
 from mixq_compile.evaluation.protocols import (
+    bos_windows,
     gptq_windows,
     llamacpp_windows,
     story_windows,
@@ -313,3 +314,17 @@ class TestStories260k:
         assert (llamacpp.window, llamacpp.tokens_scored) == (512, 4 * 255)
         assert gptq.text_sha256 == "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
         assert llamacpp.perplexity < gptq.perplexity
+
+
+def test_windows_begin_with_bos_each() -> None:
+    found = bos_windows(CharacterTokenizer(), "ab\ncdefg", 4, None)
+    # The lines are joined by a blank one: a b \n \n c d e f g, three to a window, the rest is dropped.
+    assert [window.tokens for window in found] == [(BOS, *map(ord, part)) for part in ("ab\n", "\ncd", "efg")]
+    assert {window.first_scored for window in found} == {1}
+    assert len(bos_windows(CharacterTokenizer(), "ab\ncdefg", 4, 2)) == 2
+
+
+def test_windows_of_a_tokenizer_without_bos_begin_with_their_first_token() -> None:
+    found = bos_windows(NoBosTokenizer(), "abcdefgh", 4, None)
+    assert [window.tokens for window in found] == [tuple(map(ord, part)) for part in ("abcd", "efgh")]
+    assert {window.scored for window in found} == {3}

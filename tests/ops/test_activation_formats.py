@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import operator_calls
@@ -9,9 +11,11 @@ import pytest
 import torch
 from operator_calls import ARGUMENTS, OPERATORS, SHAPES
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from mixq_compile.errors import OptionError
-from mixq_compile.ops.activation_codes import code_bits, format_of_bits, largest_code
+from mixq_compile.formats import TensorFormat
+from mixq_compile.ops.activation_codes import largest_code
 
 WRITING = ("quantize", "quantize_online", "quantized_linear")
 """The operators that write codes of an activation."""
@@ -67,17 +71,17 @@ def test_the_largest_code_of_each_row_is_the_formats(format: str, largest: int, 
     assert largest_code(format) == largest
 
 
-def test_bits_and_texts_name_the_same_formats() -> None:
-    assert [code_bits(format_of_bits(bits)) for bits in (8, 4)] == [8, 4]
-    for bits in (2, 5, 16):
-        with pytest.raises(OptionError):
-            format_of_bits(bits)
-
-
-def test_a_whole_linear_refuses_bits_that_no_quantization_writes() -> None:
+@pytest.mark.parametrize("text", ["int2", "int8/16", "mxint4/16", "uint2"])
+def test_a_whole_linear_refuses_formats_that_no_quantization_writes(text: str) -> None:
     shape = SHAPES["plain"]
-    arguments = list(ARGUMENTS["linear"](operator_calls.tensors(shape), shape))
-    names = [argument.name for argument in OPERATORS["linear"]._opoverload._schema.arguments]
-    arguments[names.index("activation_bits")] = 5
-    with pytest.raises(OptionError, match="2, 4 or 8 bits"):
-        OPERATORS["linear"](*arguments)
+    tensors = operator_calls.tensors(shape)
+    before = copy.deepcopy(tensors.state.buffers())
+    *arguments, _ = ARGUMENTS["linear"](tensors, shape)
+    recipe = str(dataclasses.replace(operator_calls.recipe_of(shape, 8), activation=TensorFormat.parse(text)))
+    with pytest.raises(OptionError, match=text):
+        OPERATORS["linear"](*arguments, recipe)
+    for now, then in zip(tensors.state.buffers(), before, strict=True):
+        assert torch.equal(now, then), "columns were learned first"
+    there = tree_map(lambda each: each.to("meta") if isinstance(each, torch.Tensor) else each, arguments)
+    with pytest.raises(OptionError, match=text):
+        OPERATORS["linear"](*there, recipe)

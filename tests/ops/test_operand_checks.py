@@ -8,7 +8,7 @@ from typing import Any
 import operator_calls
 import pytest
 import torch
-from operator_calls import ARGUMENTS, OPERATORS, SHAPES
+from operator_calls import ARGUMENTS, OPERATORS, SHAPES, recipe_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -82,21 +82,25 @@ STILL_RIGHT = {
 
 def changed_operands() -> list[Any]:
     return [
-        pytest.param(operator, name, change, id=f"{operator}-{name}-{change}")
+        pytest.param(operator, name, place, change, id=f"{operator}-{name}-{place}-{change}")
         for operator in OPERATORS
         for name, value in call(operator).items()
         if isinstance(value, (Tensor, list))
+        for place, part in enumerate(value if isinstance(value, list) else [value])
+        if part.numel()  # an original without elements is none
         for change in CHANGES
         if change not in STILL_RIGHT.get((operator, name), ())
     ]
 
 
-@pytest.mark.parametrize(("operator", "name", "change"), changed_operands())
-def test_an_operand_that_does_not_fit(operator: str, name: str, change: str) -> None:
+@pytest.mark.parametrize(("operator", "name", "place", "change"), changed_operands())
+def test_an_operand_that_does_not_fit(operator: str, name: str, place: int, change: str) -> None:
     arguments = call(operator)
     value = arguments[name]
-    changed = [CHANGES[change](value[0]), *value[1:]] if isinstance(value, list) else CHANGES[change](value)
-    arguments[name] = changed
+    if isinstance(value, list):
+        arguments[name] = [*value[:place], CHANGES[change](value[place]), *value[place + 1 :]]
+    else:
+        arguments[name] = CHANGES[change](value)
     before = tree_map(
         lambda item: item.clone() if isinstance(item, Tensor) else item, list(arguments.values())
     )
@@ -123,7 +127,7 @@ def test_the_error_names_operand_shape_and_expectation(
     arguments = dict(
         zip(names_of("linear"), ARGUMENTS["linear"](operator_calls.tensors(shape), shape), strict=True)
     )
-    arguments["activation_bits"] = activation_bits
+    arguments["recipe"] = str(recipe_of(shape, activation_bits))
     arguments["x"] = torch.zeros(5, columns)
     message = (
         rf"mixq::linear: x has the shape \[5, {columns}\]: it must be \[\.\.\., 44\], "

@@ -136,7 +136,7 @@ def test_linears_that_follow_each_other_may_have_one_outlier_weight() -> None:
         [c.cached for c in caches], [together, caches[2].columns], [c.codes for c in caches],
         [c.scale for c in caches], [c.original for c in caches], 0, "ref",
     )  # fmt: skip
-    torch.library.opcheck(refresh_outlier_weights, arguments)
+    torch.library.opcheck(torch.ops.mixq.refresh_outlier_weights.default, arguments)
     refresh_outlier_weights(*arguments)
     for cache, found in zip(caches, (together[:12], together[12:], caches[2].columns), strict=True):
         assert torch.equal(found, expected(cache.weight, [2, 50]))

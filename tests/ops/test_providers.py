@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from mixq_compile.errors import KernelError, OptionError
 from mixq_compile.formats import INT8, TensorFormat
@@ -113,3 +114,23 @@ def test_the_switch_to_the_weight_only_kernel_is_the_providers(registry: dict[st
     registry["fast"] = entry("fast", 5)
     providers.choose.cache_clear()
     assert providers.small_batch_limit(QUERY) == 0
+
+
+def test_a_provider_registered_after_a_call_is_chosen_by_the_next_one(registry: dict[str, Provider]) -> None:
+    x, accumulator = torch.ones(2, 3), torch.ones(2, 4, dtype=torch.int32)
+    arguments = x, accumulator, torch.ones(2, 4), torch.ones(2), torch.ones(4), None, "auto"
+    made: list[str] = []
+
+    def register(name: str, priority: int) -> None:
+        @providers.provider("dequantize", name=name, priority=priority, supports=lambda query: True)
+        def dequantize(
+            x: Tensor, accumulator: Tensor, outlier_product: Tensor, scale: Tensor, weight_scale: Tensor,
+            bias: Tensor | None,
+        ) -> Tensor:  # fmt: skip
+            made.append(name)
+            return torch.empty(2, 4)
+
+    for name, priority in (("first", 10_001), ("better", 10_002)):
+        register(name, priority)
+        torch.ops.mixq.dequantize.default(*arguments)
+    assert made == ["first", "better"]

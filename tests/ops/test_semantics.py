@@ -13,6 +13,7 @@ from torch import Tensor
 from mixq_compile import ops
 from mixq_compile.formats import TensorFormat
 from mixq_compile.ops import linear
+from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.outlier_state import OVERFLOW, OutlierState
 from mixq_compile.ops.weight_codes import dequantize_weight, quantize_weight
 from mixq_compile.scheme import WeightRecipe
@@ -78,6 +79,20 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     )
 
 
+def whole_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    weight: list[Tensor],
+    state: OutlierState,
+    cache: list[Tensor],
+    bits: int,
+) -> Tensor:
+    recipe = LinearRecipe(
+        WeightRecipe(TensorFormat(bits)), TensorFormat(bits), "exact", THRESHOLD, batch_invariant=True
+    )
+    return linear(x, bias, weight, list(state.buffers()), cache, None, str(recipe))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("originals", [True, False], ids=["originals", "codes"])
@@ -96,10 +111,8 @@ def test_linear_equals_the_simulation(
         torch.full((capacity,), -1, dtype=torch.int32),
         torch.zeros(out_features, capacity, dtype=dtype),
     )
-    result = linear(
-        x, codes, scale, bias, *state.buffers(), cached, cache,
-        weight if originals else weight.new_empty(0), bits, True, "exact 6.0",
-    )  # fmt: skip
+    original = weight if originals else weight.new_empty(0)
+    result = whole_linear(x, bias, [codes, scale, original], state, [cached, cache], bits)
     assert result.shape == (*leading, out_features)
     assert result.dtype == dtype
     rebuilt = dequantize_weight(codes, scale, in_features)
@@ -224,9 +237,7 @@ def test_not_finite_rows_give_nan_teach_nothing_and_disturb_no_other_row() -> No
         state = OutlierState.create(32, 16, THRESHOLD, "cpu")
         state.preload([9])
         cached, cache = torch.full((16,), -1, dtype=torch.int32), torch.zeros(24, 16)
-        result = linear(
-            inputs, codes, scale, None, *state.buffers(), cached, cache, weight, 8, True, "exact 6.0"
-        )
+        result = whole_linear(inputs, None, [codes, scale, weight], state, [cached, cache], 8)
         return result, state
 
     clean, _ = run(x)

@@ -152,7 +152,7 @@ def test_released_weights(lowering: str) -> None:
     for module in (model.q_proj, model.k_proj, model.v_proj):
         assert module.weight.untyped_storage().nbytes() == 0
     fast(rows(2))
-    assert {linear.outlier_source for linear in mixq.report(fast).quantized} == {"codes"}
+    assert {linear.outlier_weight_source for linear in mixq.report(fast).quantized} == {"codes"}
 
 
 def test_a_swapped_model_saves_and_loads_as_before(tmp_path) -> None:  # type: ignore[no-untyped-def]

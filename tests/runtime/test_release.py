@@ -45,7 +45,7 @@ def test_columns_found_later_come_from_the_codes() -> None:
     x = rows(columns=(3, 40), size=300.0)
     assert sqnr(reference(x), fast(x)) > 30
     report = mixq.report(fast)
-    assert {linear.outlier_source for linear in report.quantized} == {"codes"}
+    assert {linear.outlier_weight_source for linear in report.quantized} == {"codes"}
     assert not any(linear.float_weight_kept for linear in report.quantized)
 
 
@@ -184,7 +184,7 @@ def test_static_columns_keep_their_16_bit_weights() -> None:
     x = rows(columns=(3,), size=300.0)
     assert sqnr(reference(x), fast(x)) > 25
     (linear,) = mixq.report(fast).quantized
-    assert linear.outlier_source == "original"
+    assert linear.outlier_weight_source == "original"
     packed = next(iter(STORE._entry(model.up_proj.weight).packed.values()))
     assert torch.equal(packed.outlier_weight[:, 0], reference.up_proj.weight[:, 3])
 

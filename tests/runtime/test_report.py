@@ -22,7 +22,7 @@ def test_each_linear_of_a_compiled_model() -> None:
     up, down = report.quantized
     (head,) = report.skipped
     assert (up.fqn, up.role, up.out_features, up.in_features) == ("up_proj", "up", 128, 64)
-    assert (up.scheme, up.kernel, up.skip, up.outlier_source) == ("w8a8o16", "ref", None, "original")
+    assert (up.scheme, up.kernel, up.skip, up.outlier_weight_source) == ("w8a8o16", "ref", None, "original")
     assert (up.capacity, up.outlier_columns, up.overflow) == (16, (3, 40), 0)
     assert (down.fqn, down.role, down.in_features) == ("down_proj", "down", 128)
     assert (head.fqn, head.scheme, head.skip) == ("lm_head", None, "ignored: its name matches 'lm_head'")
@@ -58,7 +58,7 @@ def test_a_swapped_model_before_and_after_compiling() -> None:
     plain = mixq.report(model)
     assert [linear.fqn for linear in plain.quantized] == ["up_proj", "down_proj"]
     assert plain.graphs == 0
-    assert {linear.outlier_source for linear in plain.quantized} == {"codes"}
+    assert {linear.outlier_weight_source for linear in plain.quantized} == {"codes"}
     fast = compiled(model)
     fast(rows(columns=(3,)))
     report = mixq.report(fast)

@@ -99,7 +99,7 @@ def test_originals_survive(way: str, tmp_path: Path) -> None:
     assert {module.outlier_weight_source for module in linears(found)} == {"original"}
     report = mixq.report(found)
     assert len(report.quantized) == 14
-    assert {linear.outlier_source for linear in report.quantized} == {"original"}
+    assert {linear.outlier_weight_source for linear in report.quantized} == {"original"}
     assert all(linear.float_weight_kept for linear in report.quantized)
 
 

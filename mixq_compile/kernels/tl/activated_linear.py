@@ -9,6 +9,7 @@ from torch import Tensor
 from mixq_compile.kernels.tl import hopper
 from mixq_compile.kernels.tl.hopper_tiles import choose_tile
 from mixq_compile.kernels.tl.mixed_linear import describable, mixed_linear
+from mixq_compile.kernels.tl.plan_recording import enqueue
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
     await_previous_launch,
@@ -68,7 +69,8 @@ def _activate(
 def launch_activation(product: Tensor, out: Tensor, function: str, gated: bool) -> None:
     """The function of a product `[M, N]`, or where gated `[M, 2 N]`, into out `[M, N]`."""
     rows, features = out.shape
-    _activate[(ceil_div(features, BLOCK), rows)](
+    enqueue(
+        _activate, (ceil_div(features, BLOCK), rows),
         product, out, rows, features, product.stride(0),
         FUNCTION=hopper.FUNCTIONS.index(function), GATED=gated, BLOCK=BLOCK, **overlap(product),
     )  # fmt: skip

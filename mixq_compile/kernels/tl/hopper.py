@@ -30,6 +30,7 @@ from mixq_compile.kernels.tl.hopper_tiles import (
     parts_stored,
     shared_memory,
 )
+from mixq_compile.kernels.tl.plan_recording import enqueue
 from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP
 from mixq_compile.kernels.tl.toolkit import (
     TRITON_PROBLEM,
@@ -372,7 +373,8 @@ def launch(
         partial_sums = torch.empty(sums, dtype=torch.int32, device=codes.device)
     left, right = [tile.rows, DEPTH // 2], [block_n, DEPTH // 2]
     parts = 1 if gated else parts_stored(tile)
-    _specialized_warps[(programs,)](
+    enqueue(
+        _specialized_warps, (programs,),
         _describe(codes, [tile.rows, DEPTH]), scale,
         _describe(outliers, left) if slots else None, count,
         _describe(weight, [block_n, DEPTH]), weight_scale,

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixq_compile.kernels.tl.plan_library import keep_flags
+from mixq_compile.kernels.tl.plan_recording import note_flags
 from mixq_compile.kernels.tl.toolkit import ceil_div, multiprocessors
 
 try:
@@ -126,10 +128,12 @@ class Handovers:
             return self._flags[self._row_of_stream[stream]]
         if self._taken == CAPTURED_LAUNCHES:
             return None
+        row = self._flags[self._taken]
         if not capturing:
             self._row_of_stream[stream] = self._taken
+            keep_flags(row, stream)
         self._taken += 1
-        return self._flags[self._taken - 1]
+        return row
 
 
 _HANDOVERS: dict[torch.device, Handovers] = {}
@@ -144,4 +148,7 @@ def handover_flags(device: torch.device) -> Tensor | None:
         _HANDOVERS[device] = Handovers(device)
         # Other streams may use them next.
         torch.cuda.synchronize(device)
-    return _HANDOVERS[device].row(capturing)
+    row = _HANDOVERS[device].row(capturing)
+    if row is not None:
+        note_flags(row)
+    return row

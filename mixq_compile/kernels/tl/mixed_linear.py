@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixq_compile.kernels.tl import hopper, measured
 from mixq_compile.kernels.tl.hopper_tiles import choose_tile
+from mixq_compile.kernels.tl.plan_recording import enqueue
 from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP, integer_tile, outlier_tile, tile_place
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
@@ -196,7 +197,8 @@ def launch_pointers(
 ) -> None:  # fmt: skip
     """The variant that takes every call."""
     (rows, columns), features, slots = codes.shape, weight.shape[0], outliers.shape[1]
-    _through_pointers[(ceil_div(rows, tile.rows) * ceil_div(features, tile.features),)](
+    enqueue(
+        _through_pointers, (ceil_div(rows, tile.rows) * ceil_div(features, tile.features),),
         codes, scale, outliers, count, weight, weight_scale, outlier_weight, bias, out,
         rows, features, columns, slots, codes.stride(0), weight.stride(0),
         HAS_SLOTS=slots > 0, HAS_BIAS=bias is not None,
@@ -214,7 +216,8 @@ def launch_descriptors(
     tiles = ceil_div(rows, tile.rows) * ceil_div(features, tile.features)
     describe = TensorDescriptor.from_tensor
     with_slots = slots > 0
-    _through_descriptors[(min(tiles, multiprocessors(codes.device)),)](
+    enqueue(
+        _through_descriptors, (min(tiles, multiprocessors(codes.device)),),
         describe(codes, [tile.rows, tile.depth]), scale,
         describe(outliers, [tile.rows, OUTLIER_BLOCK]) if with_slots else None, count,
         describe(weight, [tile.features, tile.depth]), weight_scale,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mixq_compile.kernels.tl.plan_recording import enqueue
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
     await_previous_launch,
@@ -102,7 +103,8 @@ def refresh_outlier_weights(
     held = [kept if kept.numel() else packed for kept, packed in pairs]
     sources = [16 if kept.numel() else weight_bits(packed) for kept, packed in pairs]
     with on_device(codes):
-        _refresh[(index.shape[0], len(held))](
+        enqueue(
+            _refresh, (index.shape[0], len(held)),
             index, count, tuple(cached_index), tuple(outlier_weight), tuple(held), tuple(weight_scale),
             tuple(cache.shape[0] for cache in outlier_weight), tuple(weight.stride(0) for weight in held),
             index.shape[0], SOURCES=tuple(sources), STEP=ROWS_PER_STEP, num_warps=8,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixq_compile.kernels.tl.plan_recording import enqueue
 from mixq_compile.kernels.tl.tiles import TILES_PER_GROUP, integer_tile, outlier_tile, tile_place
 from mixq_compile.kernels.tl.toolkit import PRIORITY, ceil_div, on_device, row_matrix, supports, tl, triton
 from mixq_compile.kernels.tl.unpacking import eight_bit_codes
@@ -95,7 +96,8 @@ def mixed_gemm(
     if accumulator.numel():
         with on_device(codes):
             weight = eight_bit_codes(row_matrix(weight_codes), columns)
-            _both_products[(ceil_div(rows, BLOCK_M) * ceil_div(features, BLOCK_N),)](
+            enqueue(
+                _both_products, (ceil_div(rows, BLOCK_M) * ceil_div(features, BLOCK_N),),
                 code_rows, outliers.reshape(rows, slots), count, weight, outlier_weight, accumulator,
                 outlier_product, rows, features, columns, slots, code_rows.stride(0), weight.stride(0),
                 HAS_SLOTS=slots > 0, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
@@ -118,7 +120,8 @@ def dequantize(
     out = torch.empty(accumulator.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         with on_device(x):
-            _join[(scale.numel(), ceil_div(features, ELEMENTS))](
+            enqueue(
+                _join, (scale.numel(), ceil_div(features, ELEMENTS)),
                 accumulator.contiguous(), outlier_product.contiguous(), scale.contiguous(), weight_scale,
                 bias, out, features, HAS_BIAS=bias is not None, ELEMENTS=ELEMENTS,
             )  # fmt: skip

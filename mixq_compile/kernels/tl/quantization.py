@@ -22,6 +22,7 @@ from mixq_compile.kernels.tl.growth import (
     growth_options,
     scratch_for,
 )
+from mixq_compile.kernels.tl.plan_recording import enqueue
 from mixq_compile.kernels.tl.quantized_rows import ALWAYS, CHECK, FIXED, SNAPSHOT, quantize_rows
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
@@ -179,7 +180,8 @@ def _launch(
     slots = index.shape[0]
     share = share_rows(rows, columns)
     programs = min(rows, share.resident // share.warps * multiprocessors(matrix.device))
-    _quantize[(programs,)](
+    enqueue(
+        _quantize, (programs,),
         matrix, codes, scale, outliers, index, column_slot, counters, effective_threshold, count_used,
         scratch, row_mask, rows, columns, slots, matrix.stride(0), codes.stride(0),
         LARGEST_CODE=float(largest_code(format)), MODE=mode, PART=share.part,
@@ -212,7 +214,8 @@ def launch_learning(
     rows, columns = matrix.shape
     codes, scale, outliers = outputs
     part = LEARNING_WARPS * 32 * ELEMENTS_PER_THREAD
-    _learn[(1 if interpreting() else multiprocessors(matrix.device),)](
+    enqueue(
+        _learn, (1 if interpreting() else multiprocessors(matrix.device),),
         matrix, codes, scale, outliers, index, column_slot, column_max, counters, effective_threshold,
         count_used, scratch, row_mask, rows, columns, index.shape[0], matrix.stride(0), codes.stride(0),
         LARGEST_CODE=float(largest_code(format)), PART=part, PARTS=ceil_div(columns, part),

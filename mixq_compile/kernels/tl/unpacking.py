@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixq_compile.kernels.tl.plan_recording import enqueue
 from mixq_compile.kernels.tl.toolkit import await_previous_launch, ceil_div, overlap, tl, triton
 from mixq_compile.ops.weight_codes import aligned_empty, weight_bits
 
@@ -91,7 +92,8 @@ def eight_bit_codes(weight_codes: Tensor, in_features: int) -> Tensor:
         return weight_codes
     rows, length = weight_codes.shape
     codes = aligned_empty((rows,), in_features, torch.int8, weight_codes.device)
-    _unpack[(rows, ceil_div(length, BYTES_PER_PROGRAM))](
+    enqueue(
+        _unpack, (rows, ceil_div(length, BYTES_PER_PROGRAM)),
         weight_codes, codes, in_features, weight_codes.stride(0), codes.stride(0),
         BLOCK=BYTES_PER_PROGRAM, **overlap(weight_codes),
     )  # fmt: skip

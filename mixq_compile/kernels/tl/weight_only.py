@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixq_compile.kernels.tl.plan_recording import enqueue
 from mixq_compile.kernels.tl.toolkit import (
     PRIORITY,
     await_previous_launch,
@@ -162,14 +163,16 @@ def launch(
     block_m = min(LARGEST_BLOCK_M, power_of_two(rows))
     span = ceil_div(ceil_div(length, splits), tile.length) * tile.length
     target = out if splits == 1 else out.new_empty((splits, rows, features), dtype=torch.float32)
-    _weight_only[(ceil_div(features, tile.features), ceil_div(rows, block_m), splits)](
+    enqueue(
+        _weight_only, (ceil_div(features, tile.features), ceil_div(rows, block_m), splits),
         matrix, weight, weight_scale, bias, target, rows, features, columns, length, span,
         matrix.stride(0), weight.stride(0), HAS_BIAS=bias is not None, PACKED=weight_bits(weight) == 4,
         IS_SPLIT=splits > 1, BLOCK_M=block_m, BLOCK_N=tile.features, BLOCK_K=tile.length,
         num_warps=tile.warps, num_stages=tile.stages, ASSEMBLY=matrix.is_cuda, **overlap(matrix),
     )  # fmt: skip
     if splits > 1:
-        _join_parts[(ceil_div(features, 1024), rows)](
+        enqueue(
+            _join_parts, (ceil_div(features, 1024), rows),
             target, weight_scale, bias, out, rows, features,
             HAS_BIAS=bias is not None, SPLITS=splits, BLOCK=1024, **overlap(matrix),
         )  # fmt: skip
