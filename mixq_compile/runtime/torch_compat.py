@@ -141,6 +141,13 @@ def mark_dynamic(tensor: torch.Tensor, dimension: int) -> None:
     torch._dynamo.mark_dynamic(tensor, dimension)
 
 
+def compiled_graphs() -> int:
+    """How many graphs Dynamo has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
 def suggest_dynamic(tensor: torch.Tensor, dimension: int) -> None:
     """Like `mark_dynamic`, but a model that needs one size compiles for each instead of failing."""
     torch._dynamo.maybe_mark_dynamic(tensor, dimension)
