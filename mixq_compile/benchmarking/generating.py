@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,75 +17,20 @@ from torch import Tensor
 
 import mixq_compile as mixq
 from mixq_compile.benchmarking.baselines import float_name
-from mixq_compile.benchmarking.choices import Announce, check_replays
+from mixq_compile.benchmarking.choices import Announce
 from mixq_compile.benchmarking.environment import Environment, examine
+from mixq_compile.benchmarking.generating_results import NAME, GenerateCase, GenerateOptions, document
 from mixq_compile.benchmarking.planted import generator
-from mixq_compile.benchmarking.results import Document, Plot, Table, geometric_mean, number
+from mixq_compile.benchmarking.results import Document
 from mixq_compile.benchmarking.timing import measure_floor
 from mixq_compile.benchmarking.variants import calibrated_options
 from mixq_compile.errors import MixqError, OptionError
 from mixq_compile.runtime import torch_compat
 from mixq_compile.runtime.generation import prepared_generation
 
-NAME = "generate"
 UNPREPARED = ", unprepared"
 CALIBRATION = (2, 4, 64)
 """Batches, sequences and tokens on which 4-bit schemes are calibrated."""
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """What `mixq bench generate` measures, and how."""
-
-    model: str = "llama-2-7b"
-    layers: int | None = None
-    """None: all of the model."""
-    batches: tuple[int, ...] = (1, 8, 32)
-    prompt: int = 128
-    """Tokens of each prompt."""
-    new: int = 128
-    """Tokens that are generated, the Decode Length."""
-    schemes: tuple[str, ...] = ("w8a8o16",)
-    unprepared: bool = False
-    """Measure `generate()` as transformers runs it, too."""
-    replays: int = 5
-    dtype: str = "bfloat16"
-    lowering: str = "inductor"
-
-    def __post_init__(self) -> None:
-        check_replays(self.replays)
-        if self.new < 2:
-            raise OptionError("at least 2 new tokens are needed: the first is the prompt's.")
-
-    @property
-    def positions(self) -> int:
-        """Tokens of the longest sequence."""
-        return self.prompt + self.new
-
-
-@dataclass(frozen=True)
-class GenerateCase:
-    """One variant at one batch."""
-
-    variant: str
-    batch: int
-    decode_tokens_per_second: float
-    whole_tokens_per_second: float
-    """Of all new tokens over the whole time, the prompt's too."""
-    first_token_ms: float
-    step_ms: float
-    host_share_ms: float | None
-    """What `generate()` takes for a step whose forward is empty; None where the model is not prepared."""
-    step_without_host_share_ms: float | None
-    memory_bytes: int | None
-    """The most that was allocated on the GPU; None on a CPU."""
-    weight_bytes: int
-    cache_bytes: int | None
-    first_call_seconds: float
-    """Of the first call, compilations included."""
-    compiled_graphs: int
-    graphs_of_another_length: int
-    """Compiled for a second prompt, of another length: 0 where the preparation holds."""
 
 
 Load = Callable[[], Any]
@@ -128,12 +72,12 @@ def run(
                     model = _load(load, scheme, options)
                 cases.append(_measure(model, name, batch, prepared, options, device))
                 if folder is not None:
-                    _document(options, environment, cases).write(folder)
+                    document(options, environment, cases).write(folder)
         del model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return _document(options, environment, cases)
+    return document(options, environment, cases)
 
 
 def _variant(scheme: str | None, dtype: torch.dtype, prepared: bool) -> str:
@@ -320,90 +264,3 @@ def _known_cases(
                 )
     cases = [GenerateCase(**case) for case in found["cases"]]
     return {(case.variant, case.batch): case for case in cases}
-
-
-def _document(options: GenerateOptions, environment: Environment, cases: list[GenerateCase]) -> Document:
-    measured = tuple(sorted(cases, key=lambda case: case.batch))
-    return Document(
-        benchmark=NAME,
-        environment=environment,
-        options=options,
-        cases=measured,
-        summary=_summary(measured),
-        missing={},
-        tables=(_table(measured, options),),
-        plots=_plots(measured, options),
-    )
-
-
-def _base(cases: tuple[GenerateCase, ...], case: GenerateCase) -> GenerateCase | None:
-    """The unquantized model at the same batch, prepared."""
-    same = (each for each in cases if each.batch == case.batch)
-    return next((each for each in same if each.variant in ("bf16", "fp16", "fp32")), None)
-
-
-def _over(base: float | None, value: float | None) -> float | None:
-    # The share is measured apart from the step, so that what is left of a short one can fall below nothing.
-    return None if base is None or value is None or min(base, value) <= 0 else base / value
-
-
-def _summary(cases: tuple[GenerateCase, ...]) -> dict[str, float | None]:
-    summary: dict[str, float | None] = {}
-    for name in dict.fromkeys(case.variant for case in cases):
-        own = [case for case in cases if case.variant == name]
-        pairs = [
-            (base, case) for case in own if (base := _base(cases, case)) is not None and base is not case
-        ]
-        if not pairs:
-            continue
-        title = f"{name} over {pairs[0][0].variant}"
-        summary[f"{title}, whole step: geometric mean"] = geometric_mean(
-            _over(base.step_ms, case.step_ms) for base, case in pairs
-        )
-        summary[f"{title}, step without transformers' share: geometric mean"] = geometric_mean(
-            _over(base.step_without_host_share_ms, case.step_without_host_share_ms) for base, case in pairs
-        )
-    return summary
-
-
-def _table(cases: tuple[GenerateCase, ...], options: GenerateOptions) -> Table:
-    rows = []
-    for case in cases:
-        base = _base(cases, case)
-        over = None if base is None else _over(base.step_ms, case.step_ms)
-        without = (
-            None if base is None else _over(base.step_without_host_share_ms, case.step_without_host_share_ms)
-        )
-        rows.append(
-            (
-                str(case.batch), str(options.new), number(case.decode_tokens_per_second, 1),
-                _gibibytes(case.memory_bytes), case.variant, number(over), number(case.first_token_ms, 1),
-                number(case.step_ms, 3), number(case.host_share_ms, 3),
-                number(case.step_without_host_share_ms, 3), number(without), _gibibytes(case.weight_bytes),
-                number(case.first_call_seconds, 1), str(case.graphs_of_another_length),
-            )
-        )  # fmt: skip
-    return Table(
-        f"{options.model}: generate() after prompts of {options.prompt} tokens",
-        (
-            "Batch Size", "Decode Length", "Decode tokens/s", "Memory (VRAM)", "variant", "over 16 bit",
-            "first token ms", "step ms", "transformers' share ms", "step without ms", "over 16 bit, without",
-            "weights GiB", "first call s", "compiled for another length",
-        ),
-        tuple(rows),
-        "Medians of whole calls, prompt subtracted. The share is a step's time with an empty forward; where "
-        "the host works while the device does, a step without it is a lower bound. Memory in GiB.",
-    )  # fmt: skip
-
-
-def _gibibytes(count: int | None) -> str:
-    return number(None if count is None else count / 2**30, 3)
-
-
-def _plots(cases: tuple[GenerateCase, ...], options: GenerateOptions) -> tuple[Plot, ...]:
-    names = list(dict.fromkeys(case.variant for case in cases))
-    batches = list(dict.fromkeys(case.batch for case in cases))
-    found = {(case.variant, case.batch): case.decode_tokens_per_second for case in cases}
-    series = {name: [found.get((name, batch)) for batch in batches] for name in names}
-    groups = tuple(f"batch {batch}" for batch in batches)
-    return (Plot(f"{options.model}, generate()", "decode tokens/s", groups, series),)

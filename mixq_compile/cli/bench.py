@@ -350,13 +350,14 @@ def generate(
     from functools import partial
 
     from mixq_compile.benchmarking import generating as benchmark
+    from mixq_compile.benchmarking.generating_results import GenerateOptions
     from mixq_compile.cli.benchmark_running import run
     from mixq_compile.cli.generating import loader
     from mixq_compile.cli.models import resolve_device, resolve_dtype
 
     target = resolve_device(device)
     kind = resolve_dtype(dtype, target)
-    options = benchmark.GenerateOptions(
+    options = GenerateOptions(
         model=model,
         dtype=str(kind).removeprefix("torch."),
         layers=layers,

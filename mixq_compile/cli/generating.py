@@ -13,7 +13,7 @@ from mixq_compile.errors import OptionError, unknown_name
 if TYPE_CHECKING:
     import torch
 
-    from mixq_compile.benchmarking.generating import GenerateOptions
+    from mixq_compile.benchmarking.generating_results import GenerateOptions
 
 
 def loader(options: GenerateOptions, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:

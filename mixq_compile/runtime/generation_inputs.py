@@ -114,7 +114,9 @@ def _repeated(made: dict[str, Any], source: Tensor, prompt: Prompt, cache: int) 
     return repeated
 
 
-def _repeated_mask(mask: Tensor | None, source: Tensor, prompt: Prompt, cache: int) -> Tensor:
+def _repeated_mask(mask: Tensor | None, source: Tensor, prompt: Prompt, cache: int) -> Tensor | None:
+    if mask is None and prompt.length == 1 and not prompt.masked:
+        return None  # copies of the only token attend to copies alone, which is the same
     if mask is None:
         # Attention that would be causal by its kernel alone: what fills up must not see what fills up.
         seen = torch.arange(cache, dtype=torch.int64, device=source.device) <= source[0][:, None]

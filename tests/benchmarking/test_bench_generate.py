@@ -10,7 +10,8 @@ from commands import mixq, mixq_json
 
 import mixq_compile
 from mixq_compile.benchmarking.decoders import build_decoder
-from mixq_compile.benchmarking.generating import GenerateOptions, empty_forward, random_prompt, run
+from mixq_compile.benchmarking.generating import empty_forward, random_prompt, run
+from mixq_compile.benchmarking.generating_results import GenerateOptions
 from mixq_compile.benchmarking.shapes import MODELS
 from mixq_compile.errors import OptionError
 
