@@ -237,9 +237,9 @@ class PreparedGeneration:
         if length is None:
             most = self.sizes.caches[-1]
             return f"{shape.total} tokens are more than the longest cache, {most}: raise max_length"
-        filled = None
-        if not self.in_graphs or batch * shape.length <= self.options.graph_prompt_tokens:
-            filled = self.sizes.prompt(shape.length, length)
+        filled = self.sizes.prompt(shape.length, length)
+        if self.in_graphs and batch * (filled or 0) > self.options.graph_prompt_tokens:
+            filled = None
         prompt = Prompt(
             rows=shape.rows,
             length=shape.length,
@@ -322,7 +322,8 @@ class PreparedGeneration:
         tokens = inputs["input_ids"].shape[1]
         masked = inputs.get("attention_mask") is not None
         graphs = self.in_graphs and (
-            call.prefilled or call.prompt.batch * tokens <= self.options.graph_prompt_tokens
+            call.prefilled
+            or (call.prompt.masked and call.prompt.batch * tokens <= self.options.graph_prompt_tokens)
         )
         key = (call.prefilled, call.prompt.batch, call.length, masked, graphs)
         if not call.prefilled:

@@ -34,11 +34,11 @@ class GenerationOptions:
     batch_sizes: tuple[int, ...] | None = None
     """Batches that are compiled; others are filled up to the next. None: powers of two up to 64."""
     prompt_lengths: tuple[int, ...] | None = None
-    """Lengths that prompts are filled up to. None: in CUDA graphs 16, 24, 32, 48, 64, 96, …; else none, since
-    one compilation serves every length."""
+    """Lengths that prompts are filled up to. None: in CUDA graphs powers of two from 16; else none, since one
+    compilation serves every length."""
     cache_lengths: tuple[int, ...] | None = None
     """Lengths of the key-value cache; a call takes the first that holds it. None: powers of two from 256."""
-    graph_prompt_tokens: int = 1024
+    graph_prompt_tokens: int = 512
     """Prompts of at most so many tokens, over the batch, run in CUDA graphs; larger ones would not gain."""
     backend: str | None = None
     """A backend of `torch.compile`. None: mixq where the model has quantized modules, else inductor."""
@@ -121,7 +121,7 @@ class Sizes:
         prompts = options.prompt_lengths or ()
         if options.prompt_lengths is None and in_graphs:
             most = min(longest, options.graph_prompt_tokens)
-            prompts = tuple(size for size in _halfway_too(SHORTEST_BUCKET, most) if size <= most)
+            prompts = _powers_of_two(SHORTEST_BUCKET, most)
         caches = options.cache_lengths or _powers_of_two(SMALLEST_CACHE, longest)
         return cls(
             max_length=longest,
@@ -154,8 +154,3 @@ def _powers_of_two(first: int, last: int) -> tuple[int, ...]:
         sizes.append(first)
         first *= 2
     return tuple(sizes)
-
-
-def _halfway_too(first: int, last: int) -> tuple[int, ...]:
-    """Powers of two, and what lies halfway between each two: nothing is filled up by more than half."""
-    return tuple(size for power in _powers_of_two(first, last) for size in (power, power + power // 2))
