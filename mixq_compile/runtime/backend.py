@@ -105,8 +105,8 @@ def _release(compiled: CompiledGraph, linears: Sequence[LinearRecord]) -> None:
 @functools.cache
 def _said_what_graphs_gain() -> None:
     log.info(
-        "compiled without CUDA graphs: mode='reduce-overhead' takes the host's launches out of each call, which "
-        "is most of it in small batches. It copies inputs, and its outputs last until the next call. "
+        "compiled without CUDA graphs: mode='reduce-overhead' takes the host's launches out of each call, "
+        "most of its time in small batches. It copies inputs, and its outputs last until the next call. "
         "`mixq bench host` measures both."
     )
 
