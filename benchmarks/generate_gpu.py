@@ -1,4 +1,4 @@
-"""Checks `prepare_for_generation` on a GPU, then measures it: `python benchmarks/generate_gpu.py OUT [seconds]`.
+"""Checks `prepare_for_generation` on a GPU, then measures it: `generate_gpu.py OUT [seconds]`.
 
 First what a CPU cannot show, on a small Llama: text equal to the unprepared model's, CUDA graphs without a
 skip, nothing compiled for other prompts, no growth of memory, a larger cache after a smaller one. Each check
@@ -37,7 +37,8 @@ def model(dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=8, vocab_size=4000, max_position_embeddings=512, pad_token_id=0, eos_token_id=None,
+        num_key_value_heads=8, vocab_size=4000, max_position_embeddings=512, pad_token_id=0,
+        eos_token_id=None,
     )  # fmt: skip
     made = LlamaForCausalLM(config).eval().requires_grad_(False)
     plant_outliers(made)
@@ -123,8 +124,8 @@ def main() -> int:
         if left < 60:
             break
         command = [
-            sys.executable, "-c", "from mixq_compile.cli import main; main()", "bench", "generate", "llama-2-7b",
-            *step, "--unprepared", "--output", str(out / f"step{number + 1}"),
+            sys.executable, "-c", "from mixq_compile.cli import main; main()", "bench", "generate",
+            "llama-2-7b", *step, "--unprepared", "--output", str(out / f"step{number + 1}"),
         ]  # fmt: skip
         try:
             subprocess.run(command, check=True, timeout=left)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from test_generation import QUANTIZED, SIZES, text
-from tiny_llama import tiny_llama
+from test_generation import QUANTIZED, SIZES, text, tiny_llama
 from torch import Tensor
 
 import mixq_compile as mixq
