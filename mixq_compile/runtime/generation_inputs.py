@@ -109,8 +109,8 @@ def _repeated(made: dict[str, Any], source: Tensor, prompt: Prompt, cache: int) 
         repeated["attention_mask"] = {
             kind: _repeated_mask(each, source, prompt, cache) for kind, each in mask.items()
         }
-    else:
-        repeated["attention_mask"] = _repeated_mask(mask, source, prompt, cache)
+    elif (made_mask := _repeated_mask(mask, source, prompt, cache)) is not None:
+        repeated["attention_mask"] = made_mask  # absent, as for other prompts, where there is none
     return repeated
 
 
