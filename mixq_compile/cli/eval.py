@@ -96,8 +96,8 @@ def evaluate(
 
     The model in full precision and one for each scheme, all in memory, read one window after the other.
     KL is the mean divergence of a token's distribution from full precision's, top-1 the share of tokens for
-    which both think the same most likely; ± are standard errors over windows, of the difference in the
-    perplexity's own. Time is of a window's call, beside w8a8's where that is among the schemes.
+    which both think the same most likely; ± are standard errors over windows. Time is of a window's call,
+    beside that of w8a8 where it is among the schemes.
 
     The quantized models run through torch.compile(model, backend="mixq"). Schemes with 4-bit activations
     need calibration: give --stats or --calibrate-text; else they are calibrated on the part of --text
@@ -130,7 +130,7 @@ def evaluate(
 
 def _print(target: Console, result: dict[str, Any]) -> None:
     rows = [_cells(row) for row in result["rows"]]
-    figures = ("perplexity", "change", "KL", "top-1", "linears", "bits", "16-bit columns", "MiB", "time")
+    figures = ("perplexity", "change %", "KL", "top-1 %", "linears", "bits", "16 bit %", "MiB", "ms", "w8a8")
     columns = ("", *figures)
     print_table(target, f"{result['model']} on {result['device']}", columns, rows)
     target.print(
@@ -138,6 +138,13 @@ def _print(target: Console, result: dict[str, Any]) -> None:
         f"in {result['documents']} documents; text {result['text']}, sha256 {result['text_sha256']}",
         markup=False,
     )
+    spread = result["rows"][0]["perplexity_error"]
+    if spread is not None:
+        target.print(
+            f"perplexity ± {spread:.3f} by the choice of windows, a change by the ± beside it; 16 bit: "
+            "columns kept, mean / most of a linear; MiB: all linears; w8a8: time beside it",
+            markup=False,
+        )
     for row in result["rows"]:
         for note in row["notes"]:
             target.print(f"{row['label']}: {note}", markup=False)
@@ -147,26 +154,21 @@ def _print(target: Console, result: dict[str, Any]) -> None:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
-    share, compared = row["outlier_share"], row["delta_share"] is not None
-    beside = row["time_beside_w8a8"]
+    share, compared, error = row["outlier_share"], row["delta_share"] is not None, row["delta_share_error"]
+    spread = "" if error is None else f" ± {100 * error:.2f}"
     return (
         row["label"],
-        f"{row['perplexity']:.3f}" + _plus_minus(row["perplexity_error"], ".3f"),
-        f"{100 * row['delta_share']:+.2f}" + _plus_minus(row["delta_share_error"], ".2f", 100) + " %"
-        if compared
-        else "",
+        f"{row['perplexity']:.3f}",
+        f"{100 * row['delta_share']:+.2f}{spread}" if compared else "",
         f"{row['kl']:.4f}" if compared else "",
-        f"{100 * row['top1']:.1f} %" if compared else "",
-        "" if row["linears"] is None else f"{row['quantized']} of {row['linears']}",
+        f"{100 * row['top1']:.1f}" if compared else "",
+        "" if row["linears"] is None else f"{row['quantized']}/{row['linears']}",
         "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}",
-        "" if share is None else f"{100 * share['mean']:.1f} %, at most {100 * share['max']:.1f} %",
+        "" if share is None else f"{100 * share['mean']:.1f}/{100 * share['max']:.1f}",
         "" if row["linear_bytes"] is None else mebibytes(row["linear_bytes"]),
-        f"{1000 * row['seconds']:.0f} ms" + (f" ({beside:.2f}x)" if beside is not None else ""),
+        f"{1000 * row['seconds']:.0f}",
+        "" if row["time_beside_w8a8"] is None else f"{row['time_beside_w8a8']:.2f}x",
     )
-
-
-def _plus_minus(error: float | None, form: str, factor: float = 1.0) -> str:
-    return "" if error is None else f" ± {factor * error:{form}}"
 
 
 def _print_texts(target: Console, result: dict[str, Any]) -> None:
