@@ -193,7 +193,7 @@ def _host_share(model: Any, prompt: Tensor, options: GenerateOptions, device: to
             for _ in range(options.replays)
         ]
     whole, first = (statistics.median(times) for times in zip(*rounds, strict=True))
-    return (whole - first) / (options.new - 1)
+    return float((whole - first) / (options.new - 1))
 
 
 @contextmanager
