@@ -5,14 +5,13 @@ Nothing of this is in the graph that passes and people see.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from mixq_compile.ir.effects import has_effect
-from mixq_compile.ops.operands import operands, signature_of
+from mixq_compile.ops.operands import operands, results, signature_of
 
 mixq = torch.ops.mixq
 JOINED = mixq.quantize_and_refresh.default
@@ -34,10 +33,10 @@ def join_calls(module: GraphModule) -> int:
 
 def _refresh_of(quantize: Node) -> Node | None:
     """The refresh that alone takes what a quantization returned, where nothing with an effect is between."""
-    results = {item.args[1]: item for item in quantize.users if item.target is operator.getitem}
+    items = {item: name for name, item in results(quantize)}
     readers = {
         reader
-        for item in results.values()
+        for item in items
         for reader in item.users
         if reader.target is mixq.refresh_outlier_weights.default
     }
@@ -45,13 +44,13 @@ def _refresh_of(quantize: Node) -> Node | None:
         return None
     (refresh,) = readers
     given, made = operands(refresh), operands(quantize)
+    taken = {name: items.get(given[name]) for name in ("codes", "count")}
     same = all(given[name] == made[name] for name in ("index", "small_m"))
-    if not same or given["codes"] is not results.get(0) or given["count"] is not results.get(3):
+    if not same or any(name != source for name, source in taken.items()):
         return None
-    items = set(results.values())
     node = quantize.next
     while node is not refresh:
-        is_read_early = node not in items and not items.isdisjoint(node.all_input_nodes)
+        is_read_early = node not in items and any(source in items for source in node.all_input_nodes)
         if is_read_early or (node.op not in ("placeholder", "get_attr") and has_effect(node)):
             return None
         node = node.next
