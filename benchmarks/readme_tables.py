@@ -187,6 +187,31 @@ def structure() -> str:
     return f"{title}\n\n{_markdown(['N × K', 'M', *names], rows)}"
 
 
+def host() -> str:
+    """What a user runs first: no options, no CUDA graphs."""
+    found = _load("host_h100")
+    names = {"compiled": "compiled", "compiled, CUDA graphs": 'compiled, `"mode": "reduce-overhead"`'}
+    names["eager"] = "swapped by `quantize`, not compiled"
+    rows = [
+        [
+            f"{case['sequences']} × {case['tokens']}", names[case["way"]],
+            f"{case['ordinary']['device_us'] / 1000:.2f} ms", f"{case['mixq']['device_us'] / 1000:.2f} ms",
+            f"{case['speedup']:.2f}×",
+            f"{case['ordinary']['host_us'] / 1000:.2f} ms", f"{case['mixq']['host_us'] / 1000:.2f} ms",
+        ]
+        for case in found["cases"]
+    ]  # fmt: skip
+    title = (
+        f"**As a user runs it.** {found['options']['layers']} layers of Llama-3-8B by configuration on an "
+        f"{found['environment']['device']}, torch {found['environment']['torch']}: "
+        '`torch.compile(model, backend="mixq")` with no options beside `torch.compile(model)`, whole calls '
+        "and the host's time to issue one (`mixq bench host`). Where a call waits for the host, CUDA graphs "
+        "gain more:"
+    )
+    header = ["tokens", "", "bf16", "mixq", "over bf16", "host: bf16", "host: mixq"]
+    return f"{title}\n\n{_markdown(header, rows)}"
+
+
 def perplexity() -> str:
     """A trained language model on text that calibration has not seen."""
     found = _load("perplexity_stories")
@@ -231,6 +256,7 @@ def architectures() -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "demo": ("README.md", demo),
     "linear": ("README.md", linear),
+    "host": ("README.md", host),
     "model": ("README.md", model),
     "peers": ("docs/benchmarks.md", peers),
     "breakdown": ("docs/benchmarks.md", breakdown),

@@ -21,10 +21,12 @@ _HOME = {
     "freeze": "mixq_compile.runtime.outlier_control",
     "hold_states": "mixq_compile.runtime.outlier_control",
     "load_pretrained": "mixq_compile.runtime.checkpoint_loading",
+    "prepare_for_generation": "mixq_compile.runtime.generation",
     "quantize": "mixq_compile.runtime.quantize",
     "refresh": "mixq_compile.runtime.outlier_control",
     "report": "mixq_compile.runtime.report",
     "reset": "mixq_compile.runtime.outlier_control",
+    "restore_generation": "mixq_compile.runtime.generation",
     "save_pretrained": "mixq_compile.runtime.checkpoint_saving",
 }
 
@@ -39,10 +41,12 @@ __all__ = [
     "freeze",
     "hold_states",
     "load_pretrained",
+    "prepare_for_generation",
     "quantize",
     "refresh",
     "report",
     "reset",
+    "restore_generation",
     "save_pretrained",
 ]
 
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from mixq_compile.runtime.checkpoint_loading import load_pretrained
     from mixq_compile.runtime.checkpoint_saving import save_pretrained
     from mixq_compile.runtime.export import capture, compile
+    from mixq_compile.runtime.generation import prepare_for_generation, restore_generation
     from mixq_compile.runtime.mixq_linear import MixqLinear
     from mixq_compile.runtime.options import MixqOptions
     from mixq_compile.runtime.outlier_control import freeze, hold_states, refresh, reset

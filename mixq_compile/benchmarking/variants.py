@@ -82,7 +82,7 @@ def build_variants(
         swapped = copy.deepcopy(module)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            mixq.quantize(swapped, scheme, **_calibrated(module, scheme, batches))
+            mixq.quantize(swapped, scheme, **calibrated_options(module, scheme, batches))
         variants.append(Variant(scheme, swapped, _by_mixq(swapped, options), optional=False))
         memory.append(_linear_bytes(swapped, scheme))
     for name in options.peers:
@@ -106,7 +106,7 @@ def _by_mixq(module: nn.Module, options: VariantOptions) -> Callable[..., Any]:
     return torch.compile(module, backend=mixq_backend, dynamic=False, options=chosen)
 
 
-def _calibrated(module: nn.Module, scheme: str, batches: Sequence[Any]) -> dict[str, Any]:
+def calibrated_options(module: nn.Module, scheme: str, batches: Sequence[Any]) -> dict[str, Any]:
     """Options of `mixq.quantize`: columns fixed by calibration where codes are too coarse to find them."""
     if get_scheme(scheme).weight.bits == 8:
         return {}

@@ -27,6 +27,7 @@ from mixq_compile.benchmarking.shapes import (
     LAYER_ROWS,
     LAYOUT_ROWS,
     LAYOUT_SHAPES,
+    MODELS,
     parse_shape,
 )
 from mixq_compile.cli.benchmark_options import (
@@ -43,7 +44,7 @@ from mixq_compile.cli.benchmark_options import (
     Schemes,
     Shapes,
 )
-from mixq_compile.cli.options import Device, Json, Lowering, valid
+from mixq_compile.cli.options import Device, Dtype, Json, Lowering, valid
 
 PEERS_BY_DEFAULT = ",".join(DEFAULT_PEERS)
 SUMMARY = """Measure kernels, layers and whole models beside their baselines, in one run each.
@@ -304,6 +305,74 @@ def host(
     run(benchmark.run, options, device=device, output=output, commit=commit, json=json)
 
 
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|DIR",
+            help=f"A configuration, with random weights ({', '.join(MODELS)}), or a Hugging Face directory.",
+        ),
+    ] = "llama-2-7b",
+    batches: Annotated[
+        str, typer.Option(callback=valid(parse_numbers), help="Batch sizes, with commas between.")
+    ] = "1,8,32",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    new: Annotated[int, typer.Option(min=2, help="Tokens that are generated: the Decode Length.")] = 128,
+    schemes: Schemes = "w8a8o16",
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers that are built of a configuration.", show_default="all"),
+    ] = None,
+    unprepared: Annotated[
+        bool, typer.Option("--unprepared", help="Measure generate() as transformers runs it, too.")
+    ] = False,
+    replays: Replays = 5,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what --output has of the same options and device.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: Output = None,
+    commit: Commit = "",
+    json: Json = False,
+    lowering: Lowering = "inductor",
+) -> None:
+    """Measure generate() as a user calls it: decode tokens/s, memory, time to first token.
+
+    The model in 16 bit and in each scheme, all under mixq.prepare_for_generation: prompts and decoding
+    compiled, on a GPU in CUDA graphs. What transformers itself takes for a step is measured with a model
+    whose forward is empty. With --output every case is written when it is measured, and --resume goes on
+    after an interruption.
+
+    Example: [bold]mixq bench generate llama-2-7b --batches 1,8,32 --schemes w8a8o16,w4a8o16
+    --output results[/bold]
+    """
+    from functools import partial
+
+    from mixq_compile.benchmarking import generating as benchmark
+    from mixq_compile.benchmarking.generating_results import GenerateOptions
+    from mixq_compile.cli.benchmark_running import run
+    from mixq_compile.cli.generating import loader
+    from mixq_compile.cli.models import resolve_device, resolve_dtype
+
+    target = resolve_device(device)
+    kind = resolve_dtype(dtype, target)
+    options = GenerateOptions(
+        model=model,
+        dtype=str(kind).removeprefix("torch."),
+        layers=layers,
+        batches=parse_numbers(batches),
+        prompt=prompt,
+        new=new,
+        schemes=parse_schemes(schemes),
+        unprepared=unprepared,
+        replays=replays,
+        lowering=lowering,
+    )
+    measure = partial(benchmark.run, load=loader(options, target, kind), folder=output, resume=resume)
+    run(measure, options, device=device, output=output, commit=commit, json=json)
+
+
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "kernels": kernels,
     "layers": layers,
@@ -311,5 +380,6 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
     "breakdown": breakdown,
     "structure": structure,
     "host": host,
+    "generate": generate,
 }
 """Every benchmark under its name."""

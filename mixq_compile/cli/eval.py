@@ -21,7 +21,7 @@ from mixq_compile.cli.options import (
     Threshold,
     one_of,
 )
-from mixq_compile.cli.output import console, print_json, print_table
+from mixq_compile.cli.output import console, mebibytes, print_json, print_table
 from mixq_compile.errors import OptionError
 from mixq_compile.schemes.registry import accepted_names
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ", ".join(accepted_names())
 DEFAULT_SCHEME = "w8a8o16"
-PROTOCOL_NAMES = ("gptq", "llamacpp", "stories")
+PROTOCOL_NAMES = ("gptq", "llamacpp", "windows", "stories")
 
 
 def evaluate(
@@ -40,8 +40,8 @@ def evaluate(
         str,
         typer.Option(
             callback=one_of("perplexity protocol", PROTOCOL_NAMES),
-            help="gptq (windows of 2048, the standard), llamacpp (512, second half scored) or "
-            "stories (texts between <|endoftext|>).",
+            help="gptq (windows of 2048, the standard), llamacpp (512, second half scored), windows (512, "
+            "each with BOS, which Gemma needs) or stories (texts between <|endoftext|>).",
         ),
     ] = "gptq",
     limit: Annotated[
@@ -83,10 +83,21 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False, metavar="FILE", help="Also write the figures to this JSON file, window by window."
+        ),
+    ] = None,
     json: Json = False,
     lowering: Lowering = "inductor",
 ) -> None:
-    """Measure the perplexity of a language model in full precision and under each scheme.
+    """Measure what schemes cost a language model: perplexity, KL divergence, agreement, time, memory.
+
+    The model in full precision and one for each scheme, all in memory, read one window after the other.
+    KL is the mean divergence of a token's distribution from full precision's, top-1 the share of tokens for
+    which both think the same most likely; ± are standard errors over windows. Time is of a window's call,
+    beside that of w8a8 where it is among the schemes.
 
     The quantized models run through torch.compile(model, backend="mixq"). Schemes with 4-bit activations
     need calibration: give --stats or --calibrate-text; else they are calibrated on the part of --text
@@ -99,6 +110,8 @@ def evaluate(
 
     if stats is not None and calibrate_text is not None:
         raise OptionError("--stats and --calibrate-text exclude each other: give one of them.")
+    if output is not None and not output.parent.is_dir():
+        raise OptionError(f"--output {output}: there is no folder {output.parent}.")
     common = {"threshold": threshold, "capacity": capacity, "miss": miss}
     choices = [parse_choice(entry, common) for entry in scheme or [DEFAULT_SCHEME]]
     evaluation = Evaluation(
@@ -106,6 +119,7 @@ def evaluate(
         stats=stats, calibrate_text=calibrate_text, calibrates=not no_calibrate,
         choices=tuple(choice for choice in choices if choice is not None), explicit=bool(scheme),
         force=force, lowering=lowering, tokens=generate, prompt=prompt, device=device, dtype=dtype,
+        output=output,
     )  # fmt: skip
     result = evaluation.run()
     if json:
@@ -115,32 +129,46 @@ def evaluate(
 
 
 def _print(target: Console, result: dict[str, Any]) -> None:
-    rows = []
-    for row in result["rows"]:
-        share = row["outlier_share"]
-        rows.append(
-            (
-                row["label"],
-                f"{row['perplexity']:.4f}",
-                "" if row["delta"] is None else f"{row['delta']:+.4f}",
-                "" if row["linears"] is None else f"{row['quantized']} of {row['linears']}",
-                "" if share is None else f"{100 * share['mean']:.1f} %",
-                "" if share is None else f"{100 * share['max']:.1f} %",
-                f"{row['seconds']:.0f} s",
-            )
-        )
-    columns = ("", "perplexity", "delta", "linears quantized", "columns in 16 bit: mean", "max", "time")
+    rows = [_cells(row) for row in result["rows"]]
+    figures = ("perplexity", "change %", "KL", "top-1 %", "linears", "bits", "16 bit %", "MiB", "ms", "w8a8")
+    columns = ("", *figures)
     print_table(target, f"{result['model']} on {result['device']}", columns, rows)
     target.print(
         f"protocol {result['protocol']}, window {result['window']}, {result['tokens_scored']} tokens scored "
         f"in {result['documents']} documents; text {result['text']}, sha256 {result['text_sha256']}",
         markup=False,
     )
+    spread = result["rows"][0]["perplexity_error"]
+    if spread is not None:
+        target.print(
+            f"perplexity ± {spread:.3f} by the choice of windows, a change by the ± beside it; 16 bit: "
+            "columns kept, mean / most of a linear; MiB: all linears; w8a8: time beside it",
+            markup=False,
+        )
     for row in result["rows"]:
         for note in row["notes"]:
             target.print(f"{row['label']}: {note}", markup=False)
     if result["prompt"] is not None:
         _print_texts(target, result)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table."""
+    share, compared, error = row["outlier_share"], row["delta_share"] is not None, row["delta_share_error"]
+    spread = "" if error is None else f" ± {100 * error:.2f}"
+    return (
+        row["label"],
+        f"{row['perplexity']:.3f}",
+        f"{100 * row['delta_share']:+.2f}{spread}" if compared else "",
+        f"{row['kl']:.4f}" if compared else "",
+        f"{100 * row['top1']:.1f}" if compared else "",
+        "" if row["linears"] is None else f"{row['quantized']}/{row['linears']}",
+        "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}",
+        "" if share is None else f"{100 * share['mean']:.1f}/{100 * share['max']:.1f}",
+        "" if row["linear_bytes"] is None else mebibytes(row["linear_bytes"]),
+        f"{1000 * row['seconds']:.0f}",
+        "" if row["time_beside_w8a8"] is None else f"{row['time_beside_w8a8']:.2f}x",
+    )
 
 
 def _print_texts(target: Console, result: dict[str, Any]) -> None:

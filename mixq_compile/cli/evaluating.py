@@ -1,26 +1,48 @@
-"""What `mixq eval` does: full precision first, then each scheme on a model loaded anew."""
+"""What `mixq eval` does: full precision and each scheme, on models loaded anew, window by window."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixq_compile.cli.models import LoadedModel, load_model
-from mixq_compile.cli.output import step
+from mixq_compile.cli.output import shown, step, write_json
 from mixq_compile.cli.scheme_choice import SchemeChoice
 from mixq_compile.cli.texts import batches, read_text, windows
 from mixq_compile.errors import OptionError
 
 if TYPE_CHECKING:
     from mixq_compile.calibration import CalibrationStats
-    from mixq_compile.evaluation import PerplexityResult
+    from mixq_compile.evaluation import Divergence, WindowScore
     from mixq_compile.runtime.report_tables import Report
 
+PLAIN = "w8a8"
+"""The scheme that times are compared with: what others do beside plain int8 costs the rest."""
 CALIBRATION_WINDOWS = 128
 PROMPT_WORDS = 8
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A scheme under way, on a model of its own."""
+
+    choice: SchemeChoice
+    loaded: LoadedModel
+    fast: Any
+    """The compiled model."""
+    options: Mapping[str, Any]
+    calibrated: bool
+
+    @property
+    def report(self) -> Report:
+        """What became of each linear, and the outlier columns known now."""
+        from mixq_compile.runtime.report import report as report_on
+
+        return report_on(self.fast)
 
 
 @dataclass(frozen=True)
@@ -46,10 +68,13 @@ class Evaluation:
     prompt: str | None
     device: str
     dtype: str
+    output: Path | None
+    """Where the figures found so far are written after each batch of windows."""
 
     def run(self) -> dict[str, Any]:
-        """Everything measured, as JSON-able data."""
+        """Everything measured, as JSON-able data; written to `output` as it is found."""
         content = read_text(self.text)
+        self._check_calibration_text(content)
         prompt = (self.prompt or " ".join(content.split()[:PROMPT_WORDS])) if self.tokens else None
         loaded = self._load()
         if loaded.quantized:
@@ -57,15 +82,94 @@ class Evaluation:
                 raise OptionError(
                     f"{self.source} is quantized already: leave out --scheme, or give the original model."
                 )
-            score, row = self._quantized(loaded, content, prompt)
-            return self._result(loaded, score, [row], prompt)
-        score, reference = self._full_precision(loaded, content, prompt)
+            return self._kept(self._quantized(loaded, content, prompt))
+        return self._compared(loaded, content, prompt)
+
+    def _check_calibration_text(self, content: str) -> None:
+        """Raises OptionError where the scored text would choose the outlier columns too."""
+        if self.calibrate_text is not None and read_text(self.calibrate_text) == content:
+            raise OptionError(
+                f"--calibrate-text {self.calibrate_text} is the text that is scored: a model calibrated on "
+                "it looks better than it is. Give another text."
+            )
+
+    def _kept(self, result: dict[str, Any]) -> dict[str, Any]:
+        if self.output is not None:
+            write_json(self.output, result)
+        return result
+
+    def _compared(self, loaded: LoadedModel, content: str, prompt: str | None) -> dict[str, Any]:
+        """Full precision and every scheme, one window after the other."""
+        from mixq_compile.evaluation import perplexity_windows, scores
+
+        windows, length = perplexity_windows(
+            loaded.model, loaded.tokenizer, content, self.protocol, self.limit, self.window
+        )
         statistics, origin = self._statistics(loaded, content)
-        facts = self._result(loaded, score, [reference], prompt)
-        del loaded
+        runs = self._runs(statistics)
+        facts = self._facts(
+            loaded, content, length, len(windows), sum(part.scored for part in windows), prompt
+        )
+        models = {run.choice.label: run.fast for run in runs}
+        found: dict[str, list[WindowScore]] = defaultdict(list)
+        labels = ", ".join(["full precision", *models])
+        with step(labels, spinner=False):
+            for batch in shown(scores(loaded.model, models, windows, batch_size=self.batch), len(windows)):
+                for label, each in batch.items():
+                    found[label].extend(each)
+                if self.output is not None:
+                    self._kept({**facts, "rows": self._rows(loaded, runs, found), "complete": False})
+        facts["rows"] = self._rows(loaded, runs, found)
+        self._generate(facts, loaded, runs, prompt)
+        for row, run in zip(facts["rows"][1:], runs, strict=True):
+            calibrated = [f"calibrated on {origin}"] if run.calibrated else []
+            row["notes"] = [*calibrated, *self._notes(run.report)]
+        return self._kept({**facts, "complete": True})
+
+    def _runs(self, statistics: CalibrationStats | None) -> list[_Run]:
+        """A model loaded anew and compiled for each scheme."""
+        import torch
+
+        torch.compiler.reset()
+        # Statistics that the user gave hold for every scheme; those made here only where they are needed.
+        given = self.stats is not None or self.calibrate_text is not None
+        runs = []
         for choice in self.choices:
-            facts["rows"].append(self._scheme(choice, statistics, origin, content, prompt, reference))
-        return facts
+            calibrated = statistics is not None and (
+                choice.takes_statistics if given else choice.wants_statistics
+            )
+            options = {**choice.options, "force": self.force, "lowering": self.lowering}
+            options |= {"stats": statistics} if calibrated else {}
+            loaded = self._load()
+            runs.append(_Run(choice, loaded, self._compile(loaded, options), options, calibrated))
+        return runs
+
+    def _rows(
+        self, loaded: LoadedModel, runs: Sequence[_Run], found: Mapping[str, Sequence[WindowScore]]
+    ) -> list[dict[str, Any]]:
+        from mixq_compile.evaluation.divergence import REFERENCE, divergence
+
+        exact = found[REFERENCE]
+        reference = divergence(exact, exact)
+        rows = [_row(loaded.dtype, "none", reference, None, None)]
+        for run in runs:
+            result = divergence(exact, found[run.choice.label])
+            rows.append(_row(run.choice.label, run.choice.options["scheme"], result, reference, run.report))
+        plain = next((row["seconds"] for row in rows if row["scheme"] == PLAIN), None)
+        for row in rows:
+            row["time_beside_w8a8"] = None if plain is None else row["seconds"] / plain
+        return rows
+
+    def _generate(
+        self, facts: dict[str, Any], loaded: LoadedModel, runs: Sequence[_Run], prompt: str | None
+    ) -> None:
+        if prompt is None:
+            return
+        first, *others = facts["rows"]
+        first["generated"] = wanted = self._continuation(loaded, prompt, None)
+        for row, run in zip(others, runs, strict=True):
+            row["generated"] = written = self._continuation(run.loaded, prompt, run.options)
+            row["agreement"] = _agreement(wanted or "", written or "", run.loaded)
 
     def _load(self) -> LoadedModel:
         with step(f"loading {self.source}"):
@@ -74,35 +178,27 @@ class Evaluation:
         loaded.required_tokenizer()
         return loaded
 
-    def _result(
-        self, loaded: LoadedModel, score: PerplexityResult, rows: list[dict[str, Any]], prompt: str | None
+    def _facts(
+        self, loaded: LoadedModel, content: str, window: int, documents: int, scored: int, prompt: str | None
     ) -> dict[str, Any]:
         return {
             "model": self.source,
             "device": str(loaded.device),
             "dtype": loaded.dtype,
-            "protocol": score.protocol,
-            "window": score.window,
+            "protocol": self.protocol,
+            "window": window,
             "limit": self.limit,
-            "tokens_scored": score.tokens_scored,
-            "documents": score.documents,
+            "tokens_scored": scored,
+            "documents": documents,
             "text": str(self.text),
-            "text_sha256": score.text_sha256,
+            "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
             "prompt": prompt,
-            "rows": rows,
+            "rows": [],
         }
-
-    def _perplexity(self, model: Any, loaded: LoadedModel, content: str) -> PerplexityResult:
-        from mixq_compile.evaluation import perplexity
-
-        return perplexity(
-            model, loaded.tokenizer, content, self.protocol, self.limit, self.window, batch_size=self.batch
-        )
 
     def _compile(self, loaded: LoadedModel, options: Mapping[str, Any]) -> Any:
         import torch
 
-        torch.compiler.reset()
         # Stories differ in length: one graph for all of them. Windows of the other protocols do not.
         return torch.compile(
             loaded.model,
@@ -111,66 +207,29 @@ class Evaluation:
             dynamic=True if self.protocol == "stories" else None,
         )
 
-    def _full_precision(
-        self, loaded: LoadedModel, content: str, prompt: str | None
-    ) -> tuple[PerplexityResult, dict[str, Any]]:
-        begin = time.perf_counter()
-        with step(f"full precision ({loaded.dtype})", spinner=False):
-            score = self._perplexity(loaded.model, loaded, content)
-            written = self._continuation(loaded, prompt, None)
-        row = _row(loaded.dtype, "none", score, None, None, time.perf_counter() - begin)
-        return score, {**row, "generated": written}
-
-    def _quantized(
-        self, loaded: LoadedModel, content: str, prompt: str | None
-    ) -> tuple[PerplexityResult, dict[str, Any]]:
-        """A directory that `mixq quantize` wrote, under the backend."""
+    def _quantized(self, loaded: LoadedModel, content: str, prompt: str | None) -> dict[str, Any]:
+        """A directory that `mixq quantize` wrote, under the backend: there is no reference beside it."""
+        from mixq_compile.evaluation import divergence, perplexity_windows, scores
+        from mixq_compile.evaluation.divergence import REFERENCE
         from mixq_compile.runtime.report import report as report_on
 
-        begin = time.perf_counter()
         options = {"lowering": self.lowering}
+        windows, length = perplexity_windows(
+            loaded.model, loaded.tokenizer, content, self.protocol, self.limit, self.window
+        )
         with step("quantized", spinner=False):
-            score = self._perplexity(self._compile(loaded, options), loaded, content)
+            fast = self._compile(loaded, options)
+            found = [
+                score
+                for batch in shown(scores(fast, {}, windows, batch_size=self.batch), len(windows))
+                for score in batch[REFERENCE]
+            ]
             written = self._continuation(loaded, prompt, options)
         report = report_on(loaded.model)
         schemes = ", ".join(sorted({linear.scheme or "" for linear in report.quantized}))
-        row = _row(schemes, schemes, score, None, report, time.perf_counter() - begin)
-        return score, {**row, "generated": written}
-
-    def _scheme(
-        self,
-        choice: SchemeChoice,
-        statistics: CalibrationStats | None,
-        origin: str,
-        content: str,
-        prompt: str | None,
-        reference: dict[str, Any],
-    ) -> dict[str, Any]:
-        from mixq_compile.runtime.report import report as report_on
-
-        loaded = self._load()
-        options = {**choice.options, "force": self.force, "lowering": self.lowering}
-        # Statistics that the user gave hold for every scheme; those made here only where they are needed.
-        given = self.stats is not None or self.calibrate_text is not None
-        calibrated = statistics is not None and (
-            choice.takes_statistics if given else choice.wants_statistics
-        )
-        if calibrated:
-            options["stats"] = statistics
-        begin = time.perf_counter()
-        with step(choice.label, spinner=False):
-            fast = self._compile(loaded, options)
-            score = self._perplexity(fast, loaded, content)
-            report = report_on(fast)
-            written = self._continuation(loaded, prompt, options)
-        row = _row(
-            choice.label, choice.options["scheme"], score, reference, report, time.perf_counter() - begin
-        )
-        row["notes"] = [*([f"calibrated on {origin}"] if calibrated else []), *self._notes(report)]
-        row["generated"] = written
-        if written is not None:
-            row["agreement"] = _agreement(reference["generated"], written, loaded)
-        return row
+        row = {**_row(schemes, schemes, divergence(found, found), None, report), "generated": written}
+        facts = self._facts(loaded, content, length, len(windows), sum(w.scored for w in windows), prompt)
+        return {**facts, "rows": [row], "complete": True}
 
     def _notes(self, report: Report) -> list[str]:
         notes = []
@@ -252,27 +311,36 @@ def _agreement(wanted: str, got: str, loaded: LoadedModel) -> dict[str, int]:
 def _row(
     label: str,
     scheme: str,
-    score: PerplexityResult,
-    reference: dict[str, Any] | None,
+    result: Divergence,
+    reference: Divergence | None,
     report: Report | None,
-    seconds: float,
 ) -> dict[str, Any]:
-    shares = {
-        linear.fqn: len(linear.outlier_columns) / linear.in_features
-        for linear in (report.quantized if report else ())
-    }
+    quantized = report.quantized if report else ()
+    shares = {linear.fqn: len(linear.outlier_columns) / linear.in_features for linear in quantized}
+    weights = sum(linear.out_features * linear.in_features for linear in quantized)
+    held = sum(linear.bytes_after for linear in quantized)
     return {
         "label": label,
         "scheme": scheme,
-        "perplexity": score.perplexity,
-        "delta": None if reference is None else score.perplexity - reference["perplexity"],
+        "perplexity": result.perplexity,
+        "perplexity_error": result.perplexity_error,
+        "delta": None if reference is None else result.perplexity - reference.perplexity,
+        "delta_share": None if reference is None else result.delta,
+        "delta_share_error": None if reference is None else result.delta_error,
+        "kl": None if reference is None else result.kl,
+        "top1": None if reference is None else result.top1,
+        "sqnr_db": None if reference is None else result.sqnr_db,
         "linears": None if report is None else len(report.linears),
-        "quantized": 0 if report is None else len(report.quantized),
+        "quantized": len(quantized),
+        "bits_per_weight": 8 * held / weights if weights else None,
+        "linear_bytes": None if report is None else sum(linear.bytes_after for linear in report.linears),
         "outlier_share": {"mean": sum(shares.values()) / len(shares), "max": max(shares.values())}
         if shares
         else None,
         "outlier_share_of": shares,
-        "seconds": seconds,
+        "overflowing": [linear.fqn for linear in quantized if linear.overflow],
+        "seconds": result.seconds,
+        "time_beside_w8a8": None,
         "notes": [],
         "generated": None,
         "agreement": None,

@@ -6,14 +6,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mixq_compile.json_values import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+Item = TypeVar("Item")
 
 WIDTH = 120
 """Columns where the output is no terminal, which would tell its own."""
@@ -81,3 +84,31 @@ def step(what: str, *, spinner: bool = True) -> Iterator[None]:
     else:
         yield
     target.print(f"{what}: {time.perf_counter() - begin:.1f} s", style="dim", markup=False)
+
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def shown(items: Iterable[Item], total: int) -> Iterator[Item]:
+    """The items, while stderr shows how many of them have come: a bar, or where it is no terminal lines."""
+    from rich.progress import track
+
+    target = console(stderr=True)
+    if target.is_terminal:
+        yield from track(items, "Scoring", total=total, console=target, transient=True)
+        return
+    begin = said = time.perf_counter()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - said > SECONDS_BETWEEN_LINES and count < total:
+            said = now
+            left = (now - begin) / count * (total - count)
+            target.print(f"{count} of {total}, about {left:.0f} s left", style="dim", markup=False)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON to a file, whole or not at all; infinities and NaN become texts."""
+    made = path.with_name(f".{path.name}.{os.getpid()}")
+    made.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+    os.replace(made, path)

@@ -3,7 +3,7 @@
 from mixq_compile.evaluation.divergence import Divergence, WindowScore, divergence, scores
 from mixq_compile.evaluation.fidelity import mean_cosine, relative_error, sqnr
 from mixq_compile.evaluation.generation import GenerationComparison, compare_generation, generate_text
-from mixq_compile.evaluation.perplexity import PerplexityResult, perplexity
+from mixq_compile.evaluation.perplexity import PerplexityResult, perplexity, perplexity_windows
 from mixq_compile.evaluation.protocols import PROTOCOLS
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "generate_text",
     "mean_cosine",
     "perplexity",
+    "perplexity_windows",
     "relative_error",
     "scores",
     "sqnr",

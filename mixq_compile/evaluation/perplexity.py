@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model on a text, by one of three published protocols."""
+"""Perplexity of a causal language model on a text, by one of four published protocols."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixq_compile.errors import OptionError
-from mixq_compile.evaluation.protocols import Protocol, get_protocol
+from mixq_compile.evaluation.protocols import Protocol, Window, get_protocol
 from mixq_compile.evaluation.scoring import context_length, total_nll
 
 SMALLEST_WINDOW = 4
@@ -76,8 +76,8 @@ def perplexity(
         text: the raw file's text; for `stories`, stories separated by `<|endoftext|>`.
         protocol: `gptq`, `llamacpp` or `stories`.
         limit: scores the first so many windows or stories only.
-        window: tokens read together. None: 2048 for `gptq`, 512 for `llamacpp`, both cut to the model's
-            context where that is shorter; the context for `stories`.
+        window: tokens read together. None: 2048 for `gptq`, 512 for `llamacpp` and `windows`, cut to the
+            model's context where that is shorter; the context for `stories`.
         progress: shows a bar on stderr where that is a terminal.
         batch_size: windows run together.
         pad_to: pads lengths to multiples of this, so that a compiled model meets at most
@@ -87,12 +87,9 @@ def perplexity(
         OptionError: unknown protocol; a limit, window or other number out of range; a window beyond the
             model's context; too little text; a model without values.
     """
-    chosen = get_protocol(protocol)
-    for name, value in {"limit": limit, "batch_size": batch_size, "pad_to": pad_to}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise OptionError(f"{name} must be a positive whole number, not {value!r}.")
-    tokens = _window(model, chosen, window)
-    windows = chosen.windows(tokenizer, text, tokens, limit)
+    for name, value in {"batch_size": batch_size, "pad_to": pad_to}.items():
+        _check_positive(name, value)
+    windows, tokens = perplexity_windows(model, tokenizer, text, protocol, limit, window)
     nll = total_nll(model, windows, batch_size=batch_size, pad_to=pad_to, longest=tokens, progress=progress)
     scored = sum(part.scored for part in windows)
     return PerplexityResult(
@@ -104,6 +101,29 @@ def perplexity(
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
         documents=len(windows),
     )
+
+
+def perplexity_windows(
+    model: Callable[..., Any],
+    tokenizer: Any,
+    text: str,
+    protocol: str = "gptq",
+    limit: int | None = None,
+    window: int | None = None,
+) -> tuple[list[Window], int]:
+    """The windows of a text that `perplexity` scores, and how many tokens one has at most.
+
+    Raises OptionError as `perplexity` does.
+    """
+    chosen = get_protocol(protocol)
+    _check_positive("limit", limit)
+    tokens = _window(model, chosen, window)
+    return chosen.windows(tokenizer, text, tokens, limit), tokens
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise OptionError(f"{name} must be a positive whole number, not {value!r}.")
 
 
 def _window(model: Callable[..., Any], protocol: Protocol, window: int | None) -> int:

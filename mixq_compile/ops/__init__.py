@@ -9,6 +9,7 @@ from mixq_compile.ops.mixed_linear import mixed_linear
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.quantize import quantize
 from mixq_compile.ops.quantize_affine import quantize_affine
+from mixq_compile.ops.quantize_and_refresh import quantize_and_refresh
 from mixq_compile.ops.quantize_online import quantize_online
 from mixq_compile.ops.quantized_linear import quantized_linear
 from mixq_compile.ops.refresh_outlier_weights import refresh_outlier_weights
@@ -24,6 +25,7 @@ __all__ = [
     "mixed_linear",
     "quantize",
     "quantize_affine",
+    "quantize_and_refresh",
     "quantize_online",
     "quantized_linear",
     "refresh_outlier_weights",

@@ -81,7 +81,8 @@ def _readers(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
 
 @results_of(refresh_outlier_weights)
-def _(given: Given) -> None:
+def check_readers(given: Given) -> None:
+    """Raises OperandError where the linears' tensors do not fit each other; for operands without values."""
     held = _rows_of_each(given.outlier_weight, given.weight_codes)
     readers = given.cached_index, held, given.weight_codes, given.weight_scale, given.original
     for each in _readers(*readers):

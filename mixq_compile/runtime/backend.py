@@ -67,6 +67,8 @@ def _compile_graph(
     record(options, history, linears, parameters)
     if default != "swapped":
         _warn_if_idle(linears)
+    if options.lowering == "inductor" and any(tensor.device.type == "cuda" for tensor in parameters):
+        _say_what_graphs_gain(options)
     compiled = CompiledGraph(graph, example_inputs, options)
     if options.release_weights:
         _release(compiled, linears)
@@ -98,6 +100,21 @@ def _release(compiled: CompiledGraph, linears: Sequence[LinearRecord]) -> None:
             f"({', '.join(names[:5])}{more}). They run quantized and take their memory as before.",
             stacklevel=3,
         )
+
+
+@functools.cache
+def _said_what_graphs_gain() -> None:
+    log.info(
+        "compiled without CUDA graphs: mode='reduce-overhead' takes the host's launches out of each call, "
+        "most of its time in small batches. It copies inputs, and its outputs last until the next call. "
+        "`mixq bench host` measures both."
+    )
+
+
+def _say_what_graphs_gain(options: MixqOptions) -> None:
+    """Once in a process, since the default is torch's own: no graphs."""
+    if not options.inductor_patches().get("triton.cudagraphs"):
+        _said_what_graphs_gain()
 
 
 def _parameters(graph: CapturedGraph) -> list[Tensor]:

@@ -139,3 +139,20 @@ def _references(tensor: torch.Tensor) -> int:
 def mark_dynamic(tensor: torch.Tensor, dimension: int) -> None:
     """Lets one compilation serve every size (from 2 up) of a dimension, where others stay fixed."""
     torch._dynamo.mark_dynamic(tensor, dimension)
+
+
+def compiled_graphs() -> int:
+    """How many graphs Dynamo has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def suggest_dynamic(tensor: torch.Tensor, dimension: int) -> None:
+    """Like `mark_dynamic`, but a model that needs one size compiles for each instead of failing."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def mark_static_address(tensor: torch.Tensor) -> None:
+    """Says that a tensor stays where it is: CUDA graphs read and write it there instead of copying it."""
+    torch._dynamo.mark_static_address(tensor)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,36 @@ def test_windows_are_cut_by_document_and_batched_by_length() -> None:
     assert [len(window) for window in ids] == [4, 4, 2, 3, 4]
     assert all(window[0] == 1 for window in ids)
     assert [tuple(batch["input_ids"].shape) for batch in batches(ids, 2)] == [(2, 4), (1, 4), (1, 2), (1, 3)]
+
+
+def test_the_table_has_everything_and_the_file_too(text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    arguments = (
+        "eval", "tiny_models:llama", "--text", text, "--protocol", "windows", "--window", 8, "--limit", 3,
+        "--scheme", "w8a8", "--scheme", "w8a8o16", "--output", output, *FAST,
+    )  # fmt: skip
+    shown = mixq(*arguments).stdout
+    assert "…" not in shown, "a figure was cut off"
+    for heading in ("perplexity", "change %", "KL", "top-1 %", "16 bit %", "w8a8"):
+        assert heading in shown
+    result = json.loads(output.read_text())
+    assert result["complete"]
+    full, plain, outliers = result["rows"]
+    assert (full["kl"], plain["time_beside_w8a8"]) == (None, 1.0)
+    for row in (plain, outliers):
+        assert row["kl"] > 0
+        assert 0 < row["top1"] <= 1
+        assert 8 < row["bits_per_weight"] < 32
+        assert row["delta_share_error"] is not None
+
+
+def test_what_is_scored_may_not_choose_the_columns(text: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.txt"
+    copy.write_text(text.read_text())
+    arguments = ("eval", "tiny_models:llama", "--text", text, "--calibrate-text", copy, *FAST)
+    assert "is the text that is scored" in mixq(*arguments, code=2).stderr
+
+
+def test_the_file_needs_a_folder(text: Path) -> None:
+    arguments = ("eval", "tiny_models:llama", "--text", text, "--output", "/nowhere/f.json", *FAST)
+    assert "there is no folder /nowhere" in mixq(*arguments, code=2).stderr

@@ -23,7 +23,8 @@ class Table(nn.Module):
     def __init__(self, seed: int = 0, share: float = 0.0) -> None:
         super().__init__()
         made = [
-            torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+            torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(s))
+            for s in (seed, seed + 1)
         ]
         self.table = nn.Parameter(made[0] * (1 - share) + made[1] * share, requires_grad=False)
 

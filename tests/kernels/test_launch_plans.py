@@ -435,6 +435,14 @@ def test_a_part_of_an_operand_is_named_by_its_offset() -> None:
     assert plan[-13:-10] == [plan_recording.OPERAND, 0, 2 * 8 * 4], "pointer of x: operand 0, 64 bytes on"
 
 
+def test_an_empty_grid_is_not_launched(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "IMPLEMENTATION", doubled)
+    x = torch.randn(0, 8)
+    warm(x)
+    assert call(x).shape == (0, 8)
+    assert (len(RUNS), driver.launches) == (2, []), "the driver refuses a grid without programs"
+
+
 def test_a_recorded_call_gives_what_an_unrecorded_one_gives() -> None:
     offered: list[list[int]] = []
     x = torch.randn(4, 8)

@@ -198,6 +198,38 @@ def test_one_compilation_serves_every_size_of_a_dynamic_dimension() -> None:
     torch.compiler.reset()
 
 
+def test_a_suggested_dimension_serves_every_size_and_fails_nowhere() -> None:
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+    def of_five(x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] == 5 else x
+
+    torch.compiler.reset()
+    before = torch_compat.compiled_graphs()
+    fast, narrow = torch.compile(doubled, backend="eager"), torch.compile(of_five, backend="eager")
+    for number in (2, 5, 9):
+        x = torch.ones(number, 5)
+        torch_compat.suggest_dynamic(x, 0)
+        assert fast(x).shape == x.shape
+    assert torch_compat.compiled_graphs() == before + 1
+    for number in (5, 3):
+        x = torch.ones(number, 5)
+        torch_compat.suggest_dynamic(x, 0)
+        assert torch.equal(narrow(x), of_five(x))
+    torch.compiler.reset()
+
+
+def test_a_static_address_is_known_to_the_compiler() -> None:
+    """Inductor asks for this mark: without it a CUDA graph copies the tensor at each replay."""
+    from torch._dynamo.utils import get_static_address_type
+
+    tensor = torch.ones(2)
+    assert get_static_address_type(tensor) is None
+    torch_compat.mark_static_address(tensor)
+    assert get_static_address_type(tensor) is not None
+
+
 class TestStorageUsers:
     """Counted wrongly, release_weights would free memory under its other users, or never free any."""
 

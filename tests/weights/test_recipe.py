@@ -14,8 +14,7 @@ from torch import Tensor
 from mixq_compile.errors import OptionError, StatisticsError
 from mixq_compile.formats import INT8, TensorFormat
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.scheme import SOLVERS, LowRank, QuantScheme, WeightRecipe
-from mixq_compile.schemes.registry import get_scheme
+from mixq_compile.scheme import SOLVERS, LowRank, OutlierPolicy, QuantScheme, WeightRecipe
 from mixq_compile.weights.quantized_weight import QuantizedWeight
 from mixq_compile.weights.recipe import empty, make, nbytes, parts
 
@@ -215,9 +214,16 @@ def test_a_scheme_written_before_low_rank_is_read() -> None:
     assert QuantScheme.from_json(data).low_rank is None
 
 
-def test_a_low_rank_scheme_is_refused_until_linears_compute_it() -> None:
-    with pytest.raises(OptionError, match="of rank 4, which no quantized linear computes yet"):
-        get_scheme(QuantScheme("mine", "one", INT8, INT8, low_rank=LowRank(4)))
+def test_a_low_rank_part_beside_outlier_columns_is_refused() -> None:
+    with pytest.raises(OptionError, match="would be added twice"):
+        QuantScheme("mine", "one", INT8, INT8, OutlierPolicy(), low_rank=LowRank(4))
+
+
+def test_zero_points_of_activations_learn_no_columns() -> None:
+    activation = TensorFormat.parse("uint8")
+    with pytest.raises(OptionError, match="its policy must be 'static', not 'exact'"):
+        QuantScheme("mine", "one", INT8, activation, OutlierPolicy())
+    assert QuantScheme("mine", "one", INT8, activation, OutlierPolicy(miss="static")).recipe.sums
 
 
 @pytest.mark.gpu

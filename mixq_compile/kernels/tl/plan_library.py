@@ -197,6 +197,9 @@ def enabled() -> bool:
     except (KernelError, OSError, AttributeError) as error:
         log.warning("launches go through Python, which costs about ten times the host's time: %s", error)
         return False
+    # Another allocator can be chosen only before the first allocation.
+    usual = torch.cuda.is_initialized() and torch.cuda.get_allocator_backend() == "native"
+    library().mixq_allocate_directly(int(usual))
     for name, function in providers.implementations().items():
         implement(f"mixq::{name}", function, "CUDA", "AutogradCUDA")
     providers.on_change(forget_plans)

@@ -126,7 +126,8 @@ class Recording(TorchDispatchMode):
         self, kernel: Any, grid: Sequence[int], compiled: Any, arguments: Sequence[Any], options: Any
     ) -> None:
         """Adds a launch that has just taken place."""
-        if self.refusal is None:
+        # Of an empty grid nothing is launched, and the driver would refuse it.
+        if self.refusal is None and all(grid):
             try:
                 self._launches.append(self._launch(kernel, grid, compiled, arguments, options))
             except Refused as refused:

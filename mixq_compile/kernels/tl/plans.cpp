@@ -14,6 +14,7 @@
 #include <c10/core/Allocator.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -32,8 +33,11 @@ thread_local std::shared_ptr<const Plan> offered;
 
 // Running ----------------------------------------------------------------------------------------
 
+// Whether PyTorch's own allocator serves the GPUs, so that memory can be had from it directly.
+std::atomic<bool> allocates_directly{false};
+
 at::Tensor allocate(const Buffer& buffer, c10::Device device) {
-  static c10::Allocator* const direct = c10::GetAllocator(c10::DeviceType::CUDA);
+  auto* direct = allocates_directly ? c10::GetAllocator(c10::DeviceType::CUDA) : nullptr;
   at::Tensor made;
   if (direct && device.is_cuda() && !at::globalContext().deterministicAlgorithms()) {
     made = at::detail::empty_generic(
@@ -255,6 +259,8 @@ extern "C" {
 
 // Addresses of the functions in Driver, in that order.
 void mixq_use_driver(const void* const* functions) { std::memcpy(&driver, functions, sizeof driver); }
+
+void mixq_allocate_directly(int32_t whether) { allocates_directly = whether; }
 
 // Implements an operator by plans, of which it keeps so many, for one dispatch key, such as CUDA. `recorder`
 // is an operator of the same schema that offers a plan of its call.
