@@ -14,7 +14,7 @@ from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.ops.quantize_online import quantize_online
-from mixq_compile.ops.refresh_outlier_weights import check_readers, refresh_outlier_weights
+from mixq_compile.ops.refresh_outlier_weights import check_linears, check_readers, refresh_outlier_weights
 from mixq_compile.ops.registration import operator
 from mixq_compile.ops.shared_declarations import LAYOUT, QUANTIZED, STATE, Given, quantized_like, results_of
 from mixq_compile.ops.traits import declare
@@ -46,14 +46,14 @@ def quantize_and_refresh(
 
     Operands are those of the two, `refresh_kernel` the second's kernel.
     """
+    # Before anything is learned, which the second step would find too late.
+    lists = cached_index, outlier_weight, weight_codes, weight_scale, original
+    check_linears(x, index, counters, *lists)
     codes, scale, outliers, count = quantize_online._init_fn(
         x, index, column_slot, column_max, counters, effective_threshold, format, miss, small_m, kernel,
         row_mask,
     )  # fmt: skip
-    refresh_outlier_weights._init_fn(
-        codes, index, count, cached_index, outlier_weight, weight_codes, weight_scale, original, small_m,
-        refresh_kernel,
-    )  # fmt: skip
+    refresh_outlier_weights._init_fn(codes, index, count, *lists, small_m, refresh_kernel)
     return codes, scale, outliers, count
 
 

@@ -39,13 +39,23 @@ def refresh_outlier_weights(
     if weight_codes:
         with STATES.fetching:
             index, cached_index, outlier_weight = STATES.own_caches(index, cached_index, outlier_weight)
-            held = _rows_of_each(outlier_weight, weight_codes)
-            for each in _readers(cached_index, held, weight_codes, weight_scale, original):
-                operand_checks.REFRESH.check(codes, index, count, *each)
+            lists = cached_index, outlier_weight, weight_codes, weight_scale, original
+            held = check_linears(codes, index, count, *lists)
             run(
                 "refresh_outlier_weights", kernel, outlier_weight[0], ANY_WEIGHT, ANY_ACTIVATION,
                 codes, index, count, cached_index, held, weight_codes, weight_scale, original, small_m,
             )  # fmt: skip
+
+
+def check_linears(
+    codes: Tensor, index: Tensor, count: Tensor, cached_index: Sequence[Tensor],
+    outlier_weight: Sequence[Tensor], weight_codes: Sequence[Tensor], *others: Sequence[Tensor],
+) -> Sequence[Tensor]:  # fmt: skip
+    """The outlier weight of each linear. Raises OperandError where their tensors do not fit each other."""
+    held = _rows_of_each(outlier_weight, weight_codes)
+    for each in _readers(cached_index, held, weight_codes, *others):
+        operand_checks.REFRESH.check(codes, index, count, *each)
+    return held
 
 
 def _rows_of_each(outlier_weight: Sequence[Tensor], weight_codes: Sequence[Tensor]) -> Sequence[Tensor]:

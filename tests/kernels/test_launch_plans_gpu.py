@@ -20,7 +20,10 @@ from mixq_compile.ops.providers import load_providers
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.scheme import WeightRecipe
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 CUDA = torch.device("cuda")
 COLUMNS, FEATURES, SLOTS = 512, 1024, 64
 

@@ -23,6 +23,7 @@ OPERATORS: dict[str, Any] = {
         "quantize",
         "quantize_affine",
         "quantize_online",
+        "quantize_and_refresh",
         "refresh_outlier_weights",
         "mixed_gemm",
         "dequantize",
@@ -171,6 +172,13 @@ def _quantize_online(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     return t.x, *t.state.buffers(), shape.activation, shape.miss, shape.small_m, "ref", mask
 
 
+def _quantize_and_refresh(t: Tensors, shape: Shape) -> tuple[Any, ...]:
+    lists = [t.cached_index], [t.outlier_weight], [t.codes], [t.scale], [t.original]
+    *quantize, kernel, mask = _quantize_online(t, shape)
+    x, state, (format, miss, small_m) = quantize[0], quantize[1:6], quantize[6:]
+    return x, *state, *lists, format, miss, small_m, kernel, "ref", mask
+
+
 def _refresh(t: Tensors, shape: Shape) -> tuple[Any, ...]:
     codes, _, _ = quantized(t, shape)
     second = (t.cached_index.clone(), t.outlier_weight.clone())
@@ -254,6 +262,7 @@ ARGUMENTS: dict[str, Callable[[Tensors, Shape], tuple[Any, ...]]] = {
     "quantize": _quantize,
     "quantize_affine": _quantize_affine,
     "quantize_online": _quantize_online,
+    "quantize_and_refresh": _quantize_and_refresh,
     "refresh_outlier_weights": _refresh,
     "mixed_gemm": _mixed_gemm,
     "dequantize": _dequantize,
@@ -269,4 +278,6 @@ ARGUMENTS: dict[str, Callable[[Tensors, Shape], tuple[Any, ...]]] = {
 
 def applies(operator: str, shape: Shape) -> bool:
     """False for a call that no graph makes: learning without slots, learning under `static`."""
-    return operator != "quantize_online" or (shape.capacity > 0 and shape.miss != "static")
+    return operator not in ("quantize_online", "quantize_and_refresh") or (
+        shape.capacity > 0 and shape.miss != "static"
+    )

@@ -21,6 +21,7 @@ CASES = [
 ]
 MUTATED = {
     "quantize_online": set(STATE_FIELDS),
+    "quantize_and_refresh": {*STATE_FIELDS, "cached_index", "outlier_weight"},
     "refresh_outlier_weights": {"cached_index", "outlier_weight"},
     "quantized_linear": set(STATE_FIELDS),
     "linear": {"state", "cache"},
