@@ -10,6 +10,7 @@ from mixq_compile.area.linear_areas import LinearSize
 from mixq_compile.benchmarking.layer_errors import layer_errors, simulated_errors
 from mixq_compile.benchmarking.simulated_schemes import SIMULATED
 from mixq_compile.cli.output import step
+from mixq_compile.errors import OptionError
 from mixq_compile.inspection.layers import calibrated_columns
 from mixq_compile.schemes.registry import get_scheme
 from mixq_compile.thresholds import PAPER_THRESHOLD
@@ -50,6 +51,12 @@ def measured_errors(
     model = captured.model
     assert model is not None
     columns = calibrated_columns(history)
+    others = [name for name in schemes if errors and name in SIMULATED]
+    if others and isinstance(threshold, str):
+        raise OptionError(
+            f"--threshold {threshold} is a multiple of a row's mean magnitude, and {', '.join(others)} know "
+            "magnitudes only: give one, such as 6.0, or leave those schemes out of --scheme."
+        )
     found: dict[str, dict[str, float]] = {}
     counts: dict[str, int] = {}
     own = [FINDS_COLUMNS, *(name for name in OWN_SCHEMES if errors and name in schemes)]
@@ -62,10 +69,8 @@ def measured_errors(
             counts = {fqn: layer.found_columns for fqn, layer in layers.items()}
         if errors and name in schemes:
             found[name] = {fqn: layer.sqnr_db for fqn, layer in layers.items()}
-    others = [name for name in schemes if errors and name in SIMULATED]
     if others:
         with step("simulating the number formats of other schemes"):
-            # Those schemes know magnitudes only.
-            limit = threshold if isinstance(threshold, float) else PAPER_THRESHOLD
+            limit = PAPER_THRESHOLD if threshold is None else float(threshold)
             found |= simulated_errors(model, sizes, others, captured.args, captured.kwargs, limit)
     return Measured(found, counts)

@@ -58,8 +58,9 @@ class Report:
     def advice(self) -> tuple[str, ...]:
         """What to do about linears whose outliers did not fit."""
         return tuple(
-            f"{linear.fqn}: columns were turned away {linear.overflow} times (capacity {linear.capacity}): "
-            "raise capacity or threshold, or leave this linear in 16 bit with ignore."
+            f"{linear.fqn}: columns were turned away {linear.overflow} times, and the {linear.capacity} "
+            "largest are kept: raise capacity or threshold to change that, or leave this linear in 16 bit "
+            "with ignore."
             for linear in self.quantized
             if linear.overflow
         )

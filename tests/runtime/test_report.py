@@ -126,8 +126,8 @@ def test_overflow_is_counted_and_advised_on() -> None:
     assert len(up.outlier_columns) == up.capacity == 16
     (advice,) = report.advice
     assert advice == (
-        "up_proj: columns were turned away 4 times (capacity 16): raise capacity or threshold, or leave this "
-        "linear in 16 bit with ignore."
+        "up_proj: columns were turned away 4 times, and the 16 largest are kept: raise capacity or threshold "
+        "to change that, or leave this linear in 16 bit with ignore."
     )
 
 
