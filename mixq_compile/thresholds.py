@@ -55,6 +55,7 @@ def state_number(threshold: Threshold) -> float:
 def read_threshold(text: str) -> Threshold:
     """The threshold that a text writes, `6`, `inf` or `8x`. Raises OptionError."""
     try:
-        return checked(float(text))
+        number: Threshold = float(text)
     except ValueError:
-        return checked(text)
+        number = text
+    return checked(number)

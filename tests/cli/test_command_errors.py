@@ -43,7 +43,7 @@ def test_usage_errors(arguments: list[str], message: str) -> None:
         (["--protocol", "gtpq"], "Did you mean 'gptq'"),
         (["--scheme", "w4a4"], "Did you mean 'w4a4o16'"),
         (["--scheme", "w4a4o16{thresold=3}"], "Did you mean 'threshold'"),
-        (["--scheme", "w4a4o16{threshold=many}"], "takes a number"),
+        (["--scheme", "w4a4o16{threshold=many}"], "must be a number, or a multiple"),
         (["--scheme", "w4a4o16{capacity=20}"], "multiple of 16"),
         (["--scheme", "w8a8,w8a16"], "takes one scheme"),
         (["--stats", "absent"], "does not exist"),

@@ -292,6 +292,7 @@ def test_entries_die_with_their_model() -> None:
 
     model = block()
     compiled(model)(rows())
+    gc.collect()  # models of earlier tests
     before = len(STORE._entries)
     weights = len([weight for weight in model.parameters() if STORE.codes(weight)])
     torch._dynamo.reset()

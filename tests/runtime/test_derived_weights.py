@@ -190,7 +190,8 @@ def error_of(fast: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> f
 
 def equalized(pipeline: str = PIPELINE, **options: Any) -> tuple[Block, Any, Tensor]:
     model, x = block(), rows(24, columns=(3,))
-    return model, compiled(model, pipeline=pipeline, stats=mixq.calibrate(model, [x]), **options), x
+    given = {"pipeline": pipeline, "stats": mixq.calibrate(model, [x]), "threshold": 6.0, **options}
+    return model, compiled(model, **given), x
 
 
 def rewritten_in(reference: nn.Module) -> None:

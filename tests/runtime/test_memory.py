@@ -28,14 +28,15 @@ def test_packing_that_does_not_fit_is_refused_before_it_begins(monkeypatch: pyte
 
 def test_a_reserve_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(1000, 1000, dtype=torch.bfloat16)
-    scheme = get_scheme("w8a8o16")
+    scheme = get_scheme("w8a8o16").with_outliers(capacity=32)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_124_000)
     with pytest.raises(MixqError, match="packing 1 weights"):
         memory.check([(weight, scheme)], keeps_originals=True)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_134_000)
     memory.check([(weight, scheme)], keeps_originals=True)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 620_000)
-    memory.check([(weight, get_scheme("w4a8o16"))], keeps_originals=True)
+    four = get_scheme("w4a8o16").with_outliers(capacity=32)
+    memory.check([(weight, four)], keeps_originals=True)
 
 
 @pytest.mark.parametrize("name", ["w8a8o16", "w4a4o16", "w8a8", "w8a16"])

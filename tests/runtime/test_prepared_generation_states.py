@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from test_generation import QUANTIZED, SIZES, text, tiny_llama
+from test_prepared_generation import QUANTIZED, SIZES, text, tiny_llama
 from torch import Tensor
 
 import mixq_compile as mixq
@@ -69,7 +69,7 @@ def test_a_prompt_that_is_filled_up_teaches_what_it_teaches_alone() -> None:
 
 
 def test_warming_up_compiles_everything_and_teaches_nothing() -> None:
-    from test_generation import graphs
+    from test_prepared_generation import graphs
 
     model = model_with_loud_padding()
     before = states(model)
