@@ -39,7 +39,8 @@ def demo() -> str:
     ]  # fmt: skip
     title = (
         f"**An encoder on a CPU.** all-MiniLM-L6-v2, {found['batch']} × {found['length']} tokens, on "
-        f"{where['threads']} threads of an {where['processor']}, medians of interleaved calls (`mixq demo --threshold 6`):"
+        f"{where['threads']} threads of an {where['processor']}, medians of interleaved calls "
+        "(`mixq demo --threshold 6`):"
     )
     header = ["", "time", "over eager", "over Inductor", "linears", "relative error", "cosine"]
     return f"{title}\n\n{_markdown(header, rows)}"
@@ -106,7 +107,8 @@ def model() -> str:
     title = (
         f"**A model on a GPU.** {prefill['options']['layers']} layers of Llama-2-7B (random weights, planted "
         f"outliers), {_where(prefill)}, both sides compiled by Inductor and run as CUDA graphs "
-        f"(`mixq bench model`; threshold 6). Memory of the quantized linears over that of their 16-bit weights: {ratios}:"
+        "(`mixq bench model`; threshold 6). Memory of the quantized linears over that of their 16-bit "
+        f"weights: {ratios}:"
     )
     header = ["workload", "scheme", "bf16", "mixq", "speed-up", "first call bf16", "first call mixq"]
     return f"{title}\n\n{_markdown(header, rows)}"
@@ -205,8 +207,8 @@ def host() -> str:
         f"**As a user runs it.** {found['options']['layers']} layers of Llama-3-8B by configuration on an "
         f"{found['environment']['device']}, torch {found['environment']['torch']}: "
         '`torch.compile(model, backend="mixq")` with no options beside `torch.compile(model)`, whole calls '
-        "and the host's time to issue one (`mixq bench host`; threshold 6). Where a call waits for the host, CUDA graphs "
-        "gain more:"
+        "and the host's time to issue one (`mixq bench host`; threshold 6). Where a call waits for the host, "
+        "CUDA graphs gain more:"
     )
     header = ["tokens", "", "bf16", "mixq", "over bf16", "host: bf16", "host: mixq"]
     return f"{title}\n\n{_markdown(header, rows)}"
