@@ -29,6 +29,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 LEARNING = ("exact", "lazy", "frozen", "static", "per_call")
 """Miss policies; schemes without outliers have none."""
 OUTLIER = 40.0
+THRESHOLD = 6.0
+"""Given to every tree, because defaults may differ."""
 
 Runs = Callable[[Tensor], Tensor]
 
@@ -106,7 +108,9 @@ def _options(
     model: nn.Module, inputs: list[Tensor], scheme: str, route: str, miss: str | None
 ) -> dict[str, Any]:
     """What the case needs: the fixed columns of `static`, and of 4-bit weights without originals."""
-    options: dict[str, Any] = {"miss": miss} if miss else {}
+    options: dict[str, Any] = {"threshold": THRESHOLD}
+    if miss:
+        options["miss"] = miss
     if miss in ("static", "frozen") or (route == "export" and scheme.startswith("w4")):
         options["stats"] = mixq.calibrate(model, inputs[:1], progress=False)
     if route == "export" and scheme.startswith("w4") and miss is None:

@@ -94,7 +94,7 @@ def evaluate(
 ) -> None:
     """Measure what schemes cost a language model: perplexity, KL divergence, agreement, time, memory.
 
-    The model in full precision and one for each scheme, all in memory, read one window after the other.
+    The model in full precision and those of schemes, as many as memory holds, read window after window.
     KL is the mean divergence of a token's distribution from full precision's, top-1 the share of tokens for
     which both think the same most likely; ± are standard errors over windows. Time is of a window's call,
     beside that of w8a8 where it is among the schemes.
@@ -160,8 +160,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["label"],
         f"{row['perplexity']:.3f}",
         f"{100 * row['delta_share']:+.2f}{spread}" if compared else "",
-        f"{row['kl']:.4f}" if compared else "",
-        f"{100 * row['top1']:.1f}" if compared else "",
+        "" if row["kl"] is None else f"{row['kl']:.4f}",
+        "" if row["top1"] is None else f"{100 * row['top1']:.1f}",
         "" if row["linears"] is None else f"{row['quantized']}/{row['linears']}",
         "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}",
         "" if share is None else f"{100 * share['mean']:.1f}/{100 * share['max']:.1f}",

@@ -14,14 +14,20 @@ from mixq_compile.cli.output import shown, step, write_json
 from mixq_compile.cli.scheme_choice import SchemeChoice
 from mixq_compile.cli.texts import batches, read_text, windows
 from mixq_compile.errors import OptionError
+from mixq_compile.ir.free_memory import free_bytes
 
 if TYPE_CHECKING:
     from mixq_compile.calibration import CalibrationStats
     from mixq_compile.evaluation import Divergence, WindowScore
+    from mixq_compile.evaluation.protocols import Window
     from mixq_compile.runtime.report_tables import Report
 
 PLAIN = "w8a8"
 """The scheme that times are compared with: what others do beside plain int8 costs the rest."""
+MOST_TOGETHER = 4
+"""Schemes at once: torch compiles one function for at most eight callers."""
+RESERVE = 0.2
+"""Part of the free memory that models must leave, for activations and logits."""
 CALIBRATION_WINDOWS = 128
 PROMPT_WORDS = 8
 
@@ -99,34 +105,90 @@ class Evaluation:
         return result
 
     def _compared(self, loaded: LoadedModel, content: str, prompt: str | None) -> dict[str, Any]:
-        """Full precision and every scheme, one window after the other."""
-        from mixq_compile.evaluation import perplexity_windows, scores
+        """Full precision and every scheme, window by window: as many together as memory holds."""
+        from mixq_compile.evaluation import perplexity_windows
+        from mixq_compile.evaluation.divergence import REFERENCE, divergence
 
         windows, length = perplexity_windows(
             loaded.model, loaded.tokenizer, content, self.protocol, self.limit, self.window
         )
         statistics, origin = self._statistics(loaded, content)
-        runs = self._runs(statistics)
-        facts = self._facts(
-            loaded, content, length, len(windows), sum(part.scored for part in windows), prompt
-        )
-        models = {run.choice.label: run.fast for run in runs}
-        found: dict[str, list[WindowScore]] = defaultdict(list)
-        labels = ", ".join(["full precision", *models])
-        with step(labels, spinner=False):
-            for batch in shown(scores(loaded.model, models, windows, batch_size=self.batch), len(windows)):
-                for label, each in batch.items():
-                    found[label].extend(each)
-                if self.output is not None:
-                    self._kept({**facts, "rows": self._rows(loaded, runs, found), "complete": False})
-        facts["rows"] = self._rows(loaded, runs, found)
-        self._generate(facts, loaded, runs, prompt)
-        for row, run in zip(facts["rows"][1:], runs, strict=True):
-            calibrated = [f"calibrated on {origin}"] if run.calibrated else []
-            row["notes"] = [*calibrated, *self._notes(run.report)]
+        scored = sum(part.scored for part in windows)
+        facts = self._facts(loaded, content, length, len(windows), scored, prompt)
+        together = self._together(loaded)
+        written = self._continuation(loaded, prompt, None)
+        exact: list[WindowScore] = []
+        if not together or not self.choices:
+            exact = self._scored(loaded.model, [], windows, facts)[REFERENCE]
+        if not together:
+            loaded.model.to("meta")  # its memory is the next one's
+        for start in range(0, len(self.choices), together or 1):
+            runs = self._runs(self.choices[start : start + (together or 1)], statistics)
+            found = self._scored(loaded.model if together else None, runs, windows, facts)
+            exact = exact or found[REFERENCE]
+            for run in runs:
+                row = self._row_of(run, exact, found, is_compared=together > 0)
+                row["notes"] += [f"calibrated on {origin}"] if run.calibrated else []
+                row["notes"] += self._notes(run.report)
+                row["generated"] = text = self._continuation(run.loaded, prompt, run.options)
+                row["agreement"] = None if text is None else _agreement(written or "", text, run.loaded)
+                facts["rows"].append(row)
+            del runs, run
+        first = _row(loaded.dtype, "none", divergence(exact, exact), None, None)
+        facts["rows"] = _beside_plain([{**first, "generated": written}, *facts["rows"]])
         return self._kept({**facts, "complete": True})
 
-    def _runs(self, statistics: CalibrationStats | None) -> list[_Run]:
+    def _together(self, loaded: LoadedModel) -> int:
+        """How many schemes' models fit beside the one in full precision; 0: not one."""
+        model = sum(tensor.nbytes for tensor in loaded.model.parameters())
+        free = free_bytes(loaded.device)
+        if free is None:
+            return MOST_TOGETHER
+        # The backend keeps the 16-bit weights and its own.
+        return min(MOST_TOGETHER, int(free * (1 - RESERVE) / (2 * model)))
+
+    def _scored(
+        self, reference: Any, runs: Sequence[_Run], windows: Sequence[Window], facts: Mapping[str, Any]
+    ) -> dict[str, list[WindowScore]]:
+        """The scores of each window by label; those of a single model where the reference has gone."""
+        from mixq_compile.evaluation import scores
+        from mixq_compile.evaluation.divergence import REFERENCE
+
+        models = {run.choice.label: run.fast for run in runs}
+        alone = reference is None
+        if alone:
+            ((label, reference),) = models.items()
+            models = {}
+        found: dict[str, list[WindowScore]] = defaultdict(list)
+        labels = [label] if alone else ["full precision", *models]
+        with step(", ".join(labels), spinner=False):
+            for batch in shown(scores(reference, models, windows, batch_size=self.batch), len(windows)):
+                for name, each in batch.items():
+                    found[label if alone else name].extend(each)
+                if self.output is not None and not alone and runs:
+                    rows = [self._row_of(run, found[REFERENCE], found, is_compared=True) for run in runs]
+                    self._kept({**facts, "rows": [*facts["rows"], *rows], "complete": False})
+        return found
+
+    def _row_of(
+        self,
+        run: _Run,
+        exact: Sequence[WindowScore],
+        found: Mapping[str, Sequence[WindowScore]],
+        *,
+        is_compared: bool,
+    ) -> dict[str, Any]:
+        from mixq_compile.evaluation.divergence import divergence
+
+        label = run.choice.label
+        result = divergence(exact, found[label])
+        row = _row(label, run.choice.options["scheme"], result, divergence(exact, exact), run.report)
+        if not is_compared:
+            row |= dict.fromkeys(("kl", "top1", "sqnr_db"))
+            row["notes"].append("KL and agreement need both models in memory, which holds one")
+        return row
+
+    def _runs(self, choices: Sequence[SchemeChoice], statistics: CalibrationStats | None) -> list[_Run]:
         """A model loaded anew and compiled for each scheme."""
         import torch
 
@@ -134,7 +196,7 @@ class Evaluation:
         # Statistics that the user gave hold for every scheme; those made here only where they are needed.
         given = self.stats is not None or self.calibrate_text is not None
         runs = []
-        for choice in self.choices:
+        for choice in choices:
             calibrated = statistics is not None and (
                 choice.takes_statistics if given else choice.wants_statistics
             )
@@ -143,33 +205,6 @@ class Evaluation:
             loaded = self._load()
             runs.append(_Run(choice, loaded, self._compile(loaded, options), options, calibrated))
         return runs
-
-    def _rows(
-        self, loaded: LoadedModel, runs: Sequence[_Run], found: Mapping[str, Sequence[WindowScore]]
-    ) -> list[dict[str, Any]]:
-        from mixq_compile.evaluation.divergence import REFERENCE, divergence
-
-        exact = found[REFERENCE]
-        reference = divergence(exact, exact)
-        rows = [_row(loaded.dtype, "none", reference, None, None)]
-        for run in runs:
-            result = divergence(exact, found[run.choice.label])
-            rows.append(_row(run.choice.label, run.choice.options["scheme"], result, reference, run.report))
-        plain = next((row["seconds"] for row in rows if row["scheme"] == PLAIN), None)
-        for row in rows:
-            row["time_beside_w8a8"] = None if plain is None else row["seconds"] / plain
-        return rows
-
-    def _generate(
-        self, facts: dict[str, Any], loaded: LoadedModel, runs: Sequence[_Run], prompt: str | None
-    ) -> None:
-        if prompt is None:
-            return
-        first, *others = facts["rows"]
-        first["generated"] = wanted = self._continuation(loaded, prompt, None)
-        for row, run in zip(others, runs, strict=True):
-            row["generated"] = written = self._continuation(run.loaded, prompt, run.options)
-            row["agreement"] = _agreement(wanted or "", written or "", run.loaded)
 
     def _load(self) -> LoadedModel:
         with step(f"loading {self.source}"):
@@ -306,6 +341,12 @@ def _agreement(wanted: str, got: str, loaded: LoadedModel) -> dict[str, int]:
         "reference_tokens": found.reference_tokens,
         "tokens": found.tokens,
     }
+
+
+def _beside_plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their times beside that of plain int8, where it is among them."""
+    plain = next((row["seconds"] for row in rows if row["scheme"] == PLAIN), None)
+    return [{**row, "time_beside_w8a8": plain and row["seconds"] / plain} for row in rows]
 
 
 def _row(

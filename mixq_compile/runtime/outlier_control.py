@@ -66,6 +66,8 @@ def hold_states(model: nn.Module) -> Iterator[None]:
     inner = _inner(model)
     parameters = STORE.hold(inner.parameters())
     linears = [each for each in inner.modules() if isinstance(each, MixqLinear) and not each.held]
+    # A state that modules share may be held for another of them, which this must not end.
+    own = [linear for linear in linears if not linear.outlier_state().held]
     for linear in linears:
         linear.held = True
     known = _states(model)
@@ -78,7 +80,7 @@ def hold_states(model: nn.Module) -> Iterator[None]:
         for linear in linears:
             linear.held = False
         made = [state for state in STORE.states(parameters) if all(state is not each for each in known)]
-        now = [linear.outlier_state() for linear in linears]  # elsewhere, where the model was moved meanwhile
+        now = [linear.outlier_state() for linear in own]  # elsewhere, where the model was moved meanwhile
         with _alone([*held, *made, *now]):
             for state in (*held, *made, *now):
                 state.let_go()

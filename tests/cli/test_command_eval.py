@@ -5,6 +5,9 @@ import pytest
 from commands import mixq, mixq_json
 from shared_data import shared_data, shared_text
 
+from mixq_compile.cli import evaluating
+from mixq_compile.cli.evaluating import Evaluation
+from mixq_compile.cli.models import LoadedModel
 from mixq_compile.cli.texts import batches, windows
 
 SEPARATOR = "<|endoftext|>"
@@ -156,3 +159,38 @@ def test_what_is_scored_may_not_choose_the_columns(text: Path, tmp_path: Path) -
 def test_the_file_needs_a_folder(text: Path) -> None:
     arguments = ("eval", "tiny_models:llama", "--text", text, "--output", "/nowhere/f.json", *FAST)
     assert "there is no folder /nowhere" in mixq(*arguments, code=2).stderr
+
+
+def test_schemes_take_turns_where_memory_holds_few_models(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other the figures are the same; where the reference must go, KL alone is missing."""
+    arguments = (
+        "eval", "tiny_models:llama", "--text", text, "--protocol", "windows", "--window", 8, "--limit", 2,
+        "--scheme", "w8a8", "--scheme", "w8a8o16", "--scheme", "w8a16", *FAST,
+    )  # fmt: skip
+    found = {}
+    for count in (4, 1, 0):
+        monkeypatch.setattr(Evaluation, "_together", lambda self, loaded, count=count: count)
+        found[count] = mixq_json(*arguments)["rows"]
+    assert "w8a16" in mixq(*arguments).stdout
+    assert [row["label"] for row in found[0]] == ["float32", "w8a8", "w8a8o16", "w8a16"]
+    for together, alone, without in zip(*found.values(), strict=True):
+        assert alone["perplexity"] == pytest.approx(together["perplexity"], rel=1e-6)
+        assert without["perplexity"] == pytest.approx(together["perplexity"], rel=1e-6)
+        if together["scheme"] != "none":
+            assert alone["kl"] == pytest.approx(together["kl"], rel=1e-3)
+            assert without["kl"] is None
+            assert without["delta_share"] == pytest.approx(together["delta_share"], abs=1e-6)
+            assert "need both models in memory" in without["notes"][0]
+
+
+def test_memory_says_how_many_models_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny_models
+
+    model, _ = tiny_models.llama()
+    loaded = LoadedModel("m", model, None)
+    size = sum(tensor.nbytes for tensor in model.parameters())
+    for free, count in ((100 * size, 4), (6 * size, 2), (3 * size, 1), (2 * size, 0), (None, 4)):
+        monkeypatch.setattr(evaluating, "free_bytes", lambda device, free=free: free)
+        assert Evaluation._together(None, loaded) == count, f"{free} bytes"  # type: ignore[arg-type]

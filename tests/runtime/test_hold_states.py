@@ -185,3 +185,28 @@ def test_a_model_that_is_partly_on_the_meta_device() -> None:
     model.down_proj.to("meta")
     mixq.freeze(model)
     mixq.reset(model)
+
+
+def test_a_hold_of_the_whole_model_inside_that_of_a_part_does_not_end_it() -> None:
+    """Linears that read one value share one state: ending the inner hold of one must not end the other's."""
+
+    class Siblings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.q_proj(x) + self.k_proj(x)
+            return result
+
+    model = mixq.quantize(Siblings().eval().requires_grad_(False))
+    fast = compiled(model)
+    fast(rows())
+    assert model.q_proj.counters.data_ptr() == model.k_proj.counters.data_ptr()
+    with mixq.hold_states(model.q_proj):
+        with mixq.hold_states(model):
+            fast(rows(columns=(7,)))
+        fast(rows(columns=(7,)))
+        assert columns(model)[0] == ()
+    fast(rows(columns=(7,)))
+    assert columns(model)[0] == (7,)
