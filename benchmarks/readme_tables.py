@@ -40,7 +40,7 @@ def demo() -> str:
     title = (
         f"**An encoder on a CPU.** all-MiniLM-L6-v2, {found['batch']} × {found['length']} tokens, on "
         f"{where['threads']} threads of an {where['processor']}, medians of interleaved calls "
-        "(`mixq demo --threshold 6`):"
+        "(`mixq demo`):"
     )
     header = ["", "time", "over eager", "over Inductor", "linears", "relative error", "cosine"]
     return f"{title}\n\n{_markdown(header, rows)}"
@@ -230,7 +230,7 @@ def perplexity() -> str:
         f"**A language model.** {found['model']}, a Llama trained on short stories, over "
         f"{found['documents']} stories ({found['tokens_scored']} tokens), every linear but the head "
         "quantized; the 4-bit schemes are calibrated on other stories "
-        "(`mixq eval --protocol stories --force --threshold 6`):"
+        "(`mixq eval --protocol stories --force`):"
     )
     header = ["", "perplexity", "over full precision", "columns in full precision: mean, most"]
     return f"{title}\n\n{_markdown(header, [cells(row) for row in found['rows']])}"
