@@ -191,6 +191,11 @@ class QuantScheme:
                 "errors of all columns, those kept in 16 bit too, which would be added twice. Leave one out."
             )
         affine = self.activation is not None and not self.activation.signed
+        if affine and self.weight.scale != "float32":
+            raise OptionError(
+                f"scheme {self.name!r} quantizes activations with zero points, which products are corrected "
+                f"for by fp32 scales of the weight, and {self.weight} has shared exponents: use another one."
+            )
         if affine and self.outliers is not None and self.outliers.miss != "static":
             raise OptionError(
                 f"scheme {self.name!r} quantizes activations with zero points, which learns no outlier "

@@ -42,6 +42,13 @@ class LinearRecipe:
     threshold: Threshold = math.inf
     batch_invariant: bool = False
 
+    def __post_init__(self) -> None:
+        if self.weight.sums and self.weight.format.scale != "float32":
+            raise OptionError(
+                f"zero points of an activation are corrected for by fp32 scales of the weight, and "
+                f"{self.weight.format} has shared exponents: use another format."
+            )
+
     @classmethod
     def of(cls, scheme: QuantScheme, batch_invariant: bool) -> LinearRecipe:
         """The recipe of a scheme's linears."""

@@ -67,8 +67,7 @@ class MixqLinear(nn.Module):
         """An empty quantized linear; `from_linear` fills one from a trained linear."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.scheme = scheme
-        self.batch_invariant = batch_invariant
+        self._scheme = scheme
         self.calibrated: tuple[tuple[int, float], ...] = ()
         policy = scheme.outliers
         self.recipe = LinearRecipe.of(scheme, batch_invariant)
@@ -158,6 +157,16 @@ class MixqLinear(nn.Module):
         return OutlierState(**buffers, threshold=threshold, calibrated=self.calibrated)
 
     @property
+    def scheme(self) -> QuantScheme:
+        """The scheme that the weight was quantized in; fixed, since the forward follows its recipe."""
+        return self._scheme
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether one kernel serves every number of rows; fixed when the module is made."""
+        return self.recipe.batch_invariant
+
+    @property
     def outlier_weight_source(self) -> str | None:
         """Where the weights of outlier columns come from: `original`, `codes`, or None without slots."""
         policy = self.scheme.outliers
@@ -221,6 +230,8 @@ class MixqLinear(nn.Module):
         Raises OperandError where x does not have `in_features` columns.
         """
         if x.is_nested:
+            if row_mask is not None:
+                raise OperandError("a nested x has no padding, and takes no row_mask: leave it out.")
             return map_nested_rows(self.forward, x)
         if x.shape[-1:] != (self.in_features,) and not torch.compiler.is_compiling():
             name = f"{self.fqn}, a {self!r}," if self.fqn else f"a {self!r}"

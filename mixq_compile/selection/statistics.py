@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -34,9 +35,14 @@ def input_statistics(
             f"{fqn!r}, which was {changed or 'multiplied by factors'} after calibration: leave that pass out."
         )
     factors = 1.0 if inverse is None else inverse.float().cpu()
-    source = stats.sha256() if inverse is None else f"{stats.sha256()} {_digest(inverse)}"
-    return InputStatistics(source, {name: getattr(found, name) * factors for name in names})
+    tensors = {name: getattr(found, name) * factors for name in names}
+    return InputStatistics(_digest(tensors), tensors)
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """The hash of one linear's statistics: of all linears' it would be read anew for each."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

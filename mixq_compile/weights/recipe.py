@@ -26,7 +26,7 @@ class InputStatistics:
     """What calibration knows of a linear's input."""
 
     source: str
-    """Which calibration it is of: the hash of its statistics."""
+    """Which statistics these are: a hash of them."""
     tensors: Mapping[str, Tensor]
     """By the names under which calibration collects them; such as `mean_magnitude` `[K]`."""
 

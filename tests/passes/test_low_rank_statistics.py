@@ -91,3 +91,10 @@ def test_of_a_rotated_input_nothing_is_known() -> None:
     with pytest.raises(Exception, match="which was rotated after calibration") as caught:
         fast(inputs())
     assert isinstance(caught.value, PassError) or "StatisticsError" in str(caught.value)
+
+
+def test_the_statistics_of_one_linear_are_read_for_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their hash is part of what a weight is known by: that of all linears would be made for each."""
+    stats = mixq.calibrate(model(), [inputs()])
+    monkeypatch.setattr(type(stats), "sha256", lambda self: pytest.fail("all statistics were hashed"))
+    mixq.quantize(model(), NAME, stats=stats)

@@ -12,6 +12,7 @@ from rewriting import sqnr
 from torch import nn
 
 from mixq_compile import MixqLinear
+from mixq_compile.errors import OperandError
 from mixq_compile.ops.outlier_state import STATE_FIELDS
 from mixq_compile.schemes.registry import get_scheme, scheme_names
 
@@ -184,3 +185,30 @@ def test_printing_shows_shape_and_scheme() -> None:
 def test_gradients_do_not_flow_and_nothing_fails() -> None:
     module = MixqLinear.from_linear(linear(), SCHEME)
     assert not module(rows()).requires_grad
+
+
+def test_what_the_forward_follows_cannot_be_assigned() -> None:
+    """Its recipe is read once: an assignment would be accepted, and change nothing."""
+    module = MixqLinear.from_linear(linear(), SCHEME)
+    for name, value in (("scheme", get_scheme("w8a8")), ("batch_invariant", True)):
+        with pytest.raises(AttributeError):
+            setattr(module, name, value)
+    assert (module.scheme, module.batch_invariant) == (SCHEME, False)
+
+
+def test_a_nested_input_takes_no_row_mask() -> None:
+    module = MixqLinear.from_linear(linear(), SCHEME)
+    x = torch.nested.nested_tensor([rows(2), rows(3)])
+    with pytest.raises(OperandError, match="takes no row_mask"):
+        module(x, row_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_rows_that_a_module_is_told_to_ignore_teach_nothing() -> None:
+    module = MixqLinear.from_linear(linear(), get_scheme("w8a8o16"), keep_original=True)
+    x = rows(6, columns=(3,), size=500.0)
+    mask = torch.zeros(6, dtype=torch.bool)
+    module(x, row_mask=mask)
+    assert module.outlier_state().columns() == []
+    mask[2] = True
+    module(x, row_mask=mask)
+    assert module.outlier_state().columns() == [3]

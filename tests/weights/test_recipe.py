@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixq_compile.errors import OptionError, StatisticsError
 from mixq_compile.formats import INT8, TensorFormat
+from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.weight_codes import quantize_weight
 from mixq_compile.scheme import SOLVERS, LowRank, OutlierPolicy, QuantScheme, WeightRecipe
 from mixq_compile.weights.quantized_weight import QuantizedWeight
@@ -224,6 +225,14 @@ def test_zero_points_of_activations_learn_no_columns() -> None:
     with pytest.raises(OptionError, match="its policy must be 'static', not 'exact'"):
         QuantScheme("mine", "one", INT8, activation, OutlierPolicy())
     assert QuantScheme("mine", "one", INT8, activation, OutlierPolicy(miss="static")).recipe.sums
+
+
+def test_zero_points_of_activations_beside_shared_exponents_are_refused() -> None:
+    activation = TensorFormat.parse("uint8")
+    with pytest.raises(OptionError, match="mxint4/16 has shared exponents"):
+        QuantScheme("mine", "one", TensorFormat.parse("mxint4/16"), activation)
+    with pytest.raises(OptionError, match="mxint4/16 has shared exponents"):
+        LinearRecipe.parse("weight=mxint4/16 absmax sums; activation=uint8; outliers=static inf")
 
 
 @pytest.mark.gpu
