@@ -57,7 +57,6 @@ def test_misses_really_happen_at_the_asked_rates(result) -> None:
     assert [cost["misses"] for cost in costs] == [0, 1, 5, 20, 103]
     for cost in costs:
         assert cost["overhead"] == pytest.approx(cost["mean_us"] / costs[0]["mean_us"] - 1)
-    assert costs[-1]["mean_us"] > costs[0]["mean_us"]
 
 
 def test_a_pattern_spreads_its_misses_and_any_100_calls_hold_as_many() -> None:
