@@ -20,6 +20,7 @@ from mixq_compile.errors import MixqError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mixq_compile.evaluation.embeddings import Reference
     from mixq_compile.runtime.report_tables import Report
 
 NAIVE_SCHEME = "w8a8"
@@ -41,26 +42,6 @@ class Variant:
     """The last hidden state or the logits, after timing."""
     said: list[str] = field(default_factory=list)
     """Warnings of the first call."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The model's output in fp32, which every variant is compared with."""
-
-    output: Tensor
-    """The last hidden state of an encoder, the logits of a decoder."""
-    kept: Tensor
-    """[B, T] bool: the tokens that are no padding."""
-    is_encoder: bool
-
-    def compare(self, output: Tensor) -> tuple[float, float]:
-        """Relative error of the tokens' vectors; mean cosine of the embeddings, or of a decoder's logits."""
-        from mixq_compile.evaluation import mean_cosine, relative_error
-
-        error = relative_error(self.output[self.kept], output[self.kept])
-        if not self.is_encoder:
-            return error, mean_cosine(self.output[self.kept], output[self.kept])
-        return error, mean_cosine(embeddings(self.output, self.kept), embeddings(output, self.kept))
 
 
 @dataclass(frozen=True)
@@ -126,6 +107,8 @@ class Comparison:
         return inputs
 
     def _reference(self, inputs: dict[str, Any]) -> Reference:
+        from mixq_compile.evaluation.embeddings import Reference
+
         model = self.loaded.model
         if self.loaded.dtype != "float32":
             model = copy.deepcopy(model).float()
@@ -277,15 +260,6 @@ def _result_of(output: Any) -> Tensor:
             "so there is nothing to compare."
         )
     return found
-
-
-def embeddings(hidden: Tensor, kept: Tensor) -> Tensor:
-    """One vector of length 1 for each text: the mean over its tokens."""
-    import torch
-
-    weights = kept[..., None].float()
-    mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
-    return torch.nn.functional.normalize(mean, dim=-1)
 
 
 def device_name(device: Any) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixq_compile.cli.evaluation_rows import beside_plain, linear_notes, row_of
 from mixq_compile.cli.models import LoadedModel, load_model
 from mixq_compile.cli.output import shown, step, write_json
 from mixq_compile.cli.scheme_choice import SchemeChoice
@@ -18,17 +19,15 @@ from mixq_compile.ir.free_memory import free_bytes
 
 if TYPE_CHECKING:
     from mixq_compile.calibration import CalibrationStats
-    from mixq_compile.evaluation import Divergence, WindowScore
+    from mixq_compile.evaluation import WindowScore
     from mixq_compile.evaluation.protocols import Window
     from mixq_compile.runtime.report_tables import Report
 
-PLAIN = "w8a8"
-"""The scheme that times are compared with: what others do beside plain int8 costs the rest."""
 MOST_TOGETHER = 4
 """Schemes at once: torch compiles one function for at most eight callers."""
 RESERVE = 0.2
 """Part of the free memory that models must leave, for activations and logits."""
-CALIBRATION_WINDOWS = 128
+CALIBRATION_WINDOWS = 32
 PROMPT_WORDS = 8
 
 
@@ -129,13 +128,13 @@ class Evaluation:
             for run in runs:
                 row = self._row_of(run, exact, found, is_compared=together > 0)
                 row["notes"] += [f"calibrated on {origin}"] if run.calibrated else []
-                row["notes"] += self._notes(run.report)
+                row["notes"] += linear_notes(run.report, is_forced=self.force)
                 row["generated"] = text = self._continuation(run.loaded, prompt, run.options)
                 row["agreement"] = None if text is None else _agreement(written or "", text, run.loaded)
                 facts["rows"].append(row)
             del runs, run
-        first = _row(loaded.dtype, "none", divergence(exact, exact), None, None)
-        facts["rows"] = _beside_plain([{**first, "generated": written}, *facts["rows"]])
+        first = row_of(loaded.dtype, "none", divergence(exact, exact), None, None)
+        facts["rows"] = beside_plain([{**first, "generated": written}, *facts["rows"]])
         return self._kept({**facts, "complete": True})
 
     def _together(self, loaded: LoadedModel) -> int:
@@ -182,7 +181,7 @@ class Evaluation:
 
         label = run.choice.label
         result = divergence(exact, found[label])
-        row = _row(label, run.choice.options["scheme"], result, divergence(exact, exact), run.report)
+        row = row_of(label, run.choice.options["scheme"], result, divergence(exact, exact), run.report)
         if not is_compared:
             row |= dict.fromkeys(("kl", "top1", "sqnr_db"))
             row["notes"].append("KL and agreement need both models in memory, which holds one")
@@ -262,23 +261,9 @@ class Evaluation:
             written = self._continuation(loaded, prompt, options)
         report = report_on(loaded.model)
         schemes = ", ".join(sorted({linear.scheme or "" for linear in report.quantized}))
-        row = {**_row(schemes, schemes, divergence(found, found), None, report), "generated": written}
+        row = {**row_of(schemes, schemes, divergence(found, found), None, report), "generated": written}
         facts = self._facts(loaded, content, length, len(windows), sum(w.scored for w in windows), prompt)
         return {**facts, "rows": [row], "complete": True}
-
-    def _notes(self, report: Report) -> list[str]:
-        notes = []
-        if not report.quantized:
-            reasons = sorted({linear.skip or "" for linear in report.linears})
-            advice = "" if self.force else " --force quantizes them all the same."
-            notes.append(f"no linear was quantized: {'; '.join(reasons)}.{advice}")
-        crowded = [linear.fqn for linear in report.quantized if linear.overflow]
-        if crowded:
-            notes.append(
-                f"more outlier columns than slots in {len(crowded)} linears, such as {crowded[0]}: "
-                "a larger --capacity or --threshold changes that"
-            )
-        return notes
 
     def _continuation(
         self, loaded: LoadedModel, prompt: str | None, options: Mapping[str, Any] | None
@@ -312,7 +297,11 @@ class Evaluation:
         if not ids:
             return None, ""
         with step(f"calibrating on {origin}", spinner=False):
-            return calibrate(loaded.model, batches(ids, self.batch)), origin
+            return calibrate(loaded.model, batches(ids, self.batch), kinds=self._kinds()), origin
+
+    def _kinds(self) -> tuple[str, ...]:
+        """The kinds of statistics that any of the schemes takes."""
+        return tuple({kind: None for choice in self.choices for kind in choice.kinds})
 
     def _calibration_windows(self, loaded: LoadedModel, content: str) -> tuple[list[list[int]], str]:
         from mixq_compile.evaluation.protocols import get_protocol
@@ -340,49 +329,4 @@ def _agreement(wanted: str, got: str, loaded: LoadedModel) -> dict[str, int]:
         "equal_tokens": found.equal_tokens,
         "reference_tokens": found.reference_tokens,
         "tokens": found.tokens,
-    }
-
-
-def _beside_plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their times beside that of plain int8, where it is among them."""
-    plain = next((row["seconds"] for row in rows if row["scheme"] == PLAIN), None)
-    return [{**row, "time_beside_w8a8": plain and row["seconds"] / plain} for row in rows]
-
-
-def _row(
-    label: str,
-    scheme: str,
-    result: Divergence,
-    reference: Divergence | None,
-    report: Report | None,
-) -> dict[str, Any]:
-    quantized = report.quantized if report else ()
-    shares = {linear.fqn: len(linear.outlier_columns) / linear.in_features for linear in quantized}
-    weights = sum(linear.out_features * linear.in_features for linear in quantized)
-    held = sum(linear.bytes_after for linear in quantized)
-    return {
-        "label": label,
-        "scheme": scheme,
-        "perplexity": result.perplexity,
-        "perplexity_error": result.perplexity_error,
-        "delta": None if reference is None else result.perplexity - reference.perplexity,
-        "delta_share": None if reference is None else result.delta,
-        "delta_share_error": None if reference is None else result.delta_error,
-        "kl": None if reference is None else result.kl,
-        "top1": None if reference is None else result.top1,
-        "sqnr_db": None if reference is None else result.sqnr_db,
-        "linears": None if report is None else len(report.linears),
-        "quantized": len(quantized),
-        "bits_per_weight": 8 * held / weights if weights else None,
-        "linear_bytes": None if report is None else sum(linear.bytes_after for linear in report.linears),
-        "outlier_share": {"mean": sum(shares.values()) / len(shares), "max": max(shares.values())}
-        if shares
-        else None,
-        "outlier_share_of": shares,
-        "overflowing": [linear.fqn for linear in quantized if linear.overflow],
-        "seconds": result.seconds,
-        "time_beside_w8a8": None,
-        "notes": [],
-        "generated": None,
-        "agreement": None,
     }

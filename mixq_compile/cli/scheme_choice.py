@@ -27,15 +27,32 @@ class SchemeChoice:
 
     @property
     def wants_statistics(self) -> bool:
-        """True where the scheme always chooses as many columns, which only calibration can."""
+        """True where it needs them, or always chooses as many columns, which only calibration can."""
         policy = get_scheme(self.options["scheme"]).outliers
-        return self.takes_statistics and policy is not None and policy.choose == "largest"
+        chooses = self.takes_statistics and policy is not None and policy.choose == "largest"
+        return chooses or self.needs_statistics
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of statistics that it takes where it is calibrated."""
+        from mixq_compile.calibration.collected import KINDS
+        from mixq_compile.weights.recipe import needs
+
+        wanted = needs(get_scheme(self.options["scheme"]).recipe)
+        return tuple(kind for kind in KINDS if kind == "channels" or kind in wanted)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """True where its weights cannot be made without."""
+        from mixq_compile.weights.recipe import needs
+
+        return bool(needs(get_scheme(self.options["scheme"]).recipe))
 
     @property
     def takes_statistics(self) -> bool:
-        """False where there are no outlier columns to choose."""
+        """False where there are no outlier columns to choose, and the weights need none."""
         finite = self.options.get("threshold") != math.inf
-        return finite and get_scheme(self.options["scheme"]).outliers is not None
+        return self.needs_statistics or (finite and get_scheme(self.options["scheme"]).outliers is not None)
 
 
 def parse_choice(text: str, common: Mapping[str, Any]) -> SchemeChoice | None:

@@ -24,6 +24,7 @@ from mixq_compile.passes._obstacles import Obstacle
 from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.selection.statistics import input_statistics
+from mixq_compile.weights.recipe import outliers_from_codes
 
 COMPUTED = "its weight is computed, not a parameter: only parameters can be packed"
 
@@ -141,7 +142,9 @@ class _Rewriter:
             statistics=input_statistics(stats, self.view.fqn or "", scheme, *since_calibration(graph, node)),
         )
         self.stem = graph.parameter_name(parameter)
-        self.originals = originals and not store.is_released(tensor)
+        self.originals = (
+            originals and not store.is_released(tensor) and not outliers_from_codes(scheme.recipe)
+        )
 
     def _attach(self, what: str, tensor: Tensor) -> Node:
         return self.graph.attach(f"{self.stem}.{what}", tensor)

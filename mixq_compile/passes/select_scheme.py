@@ -24,6 +24,7 @@ from mixq_compile.scheme import QuantScheme
 from mixq_compile.selection.eligibility import FLOATS, ineligible
 from mixq_compile.selection.gain import LARGE_BATCH, gains_by_merging, no_kernel, not_faster
 from mixq_compile.selection.scheme_rules import SchemeRules
+from mixq_compile.selection.statistics import never_ran
 
 EMBEDDINGS = (nn.functional.embedding, torch.ops.aten.embedding.default)
 
@@ -90,6 +91,7 @@ class SelectScheme(Pass):
             )
             obstacle = self._ineligible(graph, node, weight, embedded)
             reason = obstacle.reason if obstacle is not None else self._no_kernel(graph, node, scheme)
+            reason = reason or never_ran(context.stats, fqn, scheme)
             if reason is None and not self.force and not released:
                 reason = self._not_faster(graph, node, scheme, siblings.get(node, [node]))
             if reason is not None and released:

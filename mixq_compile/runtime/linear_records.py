@@ -19,6 +19,8 @@ from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.traits import traits_of
 from mixq_compile.runtime.compilation import LinearRecord
 from mixq_compile.runtime.weight_store import STORE
+from mixq_compile.scheme import QuantScheme
+from mixq_compile.weights.recipe import outliers_from_codes
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
 
@@ -38,7 +40,9 @@ def _state_of(graph: CapturedGraph, quantized: Node, weight: Tensor) -> OutlierS
     return next((state for state in STORE.states([weight]) if state.index is index), None)
 
 
-def _outlier_weight_source(graph: CapturedGraph, product: Node, quantized: Node) -> str | None:
+def _outlier_weight_source(
+    graph: CapturedGraph, product: Node, quantized: Node, linear: dict[str, Any]
+) -> str | None:
     """Where a product's outlier weights come from; None where it has no outlier slots."""
     codes: Node = operand(product, "codes")
     refresh = next(
@@ -46,6 +50,9 @@ def _outlier_weight_source(graph: CapturedGraph, product: Node, quantized: Node)
     )
     if refresh is None:
         return None
+    scheme = linear.get("parameters")
+    if scheme is not None and outliers_from_codes(QuantScheme.from_json(scheme).recipe):
+        return "codes"
     kept = all(graph.value(node).numel() for node in operand(refresh, "original"))
     return "original" if kept or quantized.target is mixq.quantize.default else "codes"
 
@@ -117,7 +124,7 @@ def _record(
         scheme=linear.get("scheme") if quantized else None,
         kernel=kernel,
         skip=None if quantized else linear.get("skip") or "no pass looked at it",
-        outlier_weight_source=_outlier_weight_source(graph, node, quantization)
+        outlier_weight_source=_outlier_weight_source(graph, node, quantization, linear)
         if quantization is not None
         else None,
         float_bytes=weight.nbytes if weight is not None else 0,

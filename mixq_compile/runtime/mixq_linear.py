@@ -117,7 +117,8 @@ class MixqLinear(nn.Module):
         """Quantizes a trained `nn.Linear` or `Conv1D` (whose weight is [K, N]).
 
         `columns` are calibrated outlier columns; their 16-bit weights are kept. `keep_original` keeps
-        the whole 16-bit weight as the source of columns found later (twice the memory, smaller error).
+        the whole 16-bit weight as the source of columns found later (twice the memory, smaller error). Both
+        come from the codes where the scheme's solver makes columns make up for each other's errors.
         `statistics` are those that the scheme's weights are made with, where it needs any.
         """
         parameter: Tensor = linear.weight  # type: ignore[assignment]
@@ -133,7 +134,7 @@ class MixqLinear(nn.Module):
             module.get_parameter(name).data = tensor
         if bias is not None and module.bias is not None:
             module.bias.data = bias.detach().clone()
-        if keep_original:
+        if keep_original and not recipes.outliers_from_codes(scheme.recipe):
             module.keep_original(weight.contiguous())
         if columns is not None and scheme.outliers is not None:
             state = module.outlier_state()
@@ -142,7 +143,9 @@ class MixqLinear(nn.Module):
             if scheme.outliers.miss in ("static", "frozen"):
                 state.freeze()
             chosen = state.columns()
-            module.outlier_weight[:, : len(chosen)] = weight[:, chosen]
+            from_codes = recipes.outliers_from_codes(scheme.recipe)
+            source = module.dequantized_weight() if from_codes else weight
+            module.outlier_weight[:, : len(chosen)] = source[:, chosen]
             module.cached_index[: len(chosen)] = module.index[: len(chosen)]
         return module
 
@@ -172,6 +175,8 @@ class MixqLinear(nn.Module):
         policy = self.scheme.outliers
         if policy is None:
             return None
+        if recipes.outliers_from_codes(self.scheme.recipe):
+            return "codes"
         fixed = bool(self.calibrated) and policy.miss in ("static", "frozen")
         return "original" if fixed or self.outlier_source.numel() else "codes"
 

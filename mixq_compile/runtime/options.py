@@ -16,6 +16,7 @@ from mixq_compile.pipeline import Pipeline
 from mixq_compile.runtime import torch_compat
 from mixq_compile.scheme import MISS_POLICIES, OutlierPolicy, QuantScheme
 from mixq_compile.schemes.registry import accepted_names, get_scheme, scheme_names
+from mixq_compile.selection.statistics import check_given
 from mixq_compile.thresholds import DEFAULT_THRESHOLD, Threshold
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
@@ -99,6 +100,7 @@ class MixqOptions:
                 "the policy 'static' takes its outlier columns from calibration, and no stats were given: "
                 "pass stats=mixq_compile.calibrate(model, batches), or another policy (default: 'exact')."
             )
+        check_given(self.stats, [get_scheme(name) for name in (self.scheme, *dict(self.layers).values())])
         if self.release_weights:
             self.check_codes_only("release_weights, which an export implies, frees")
 

@@ -27,11 +27,13 @@ from mixq_compile.runtime.swap_obstacles import (
 from mixq_compile.runtime.weight_readers import weight_readers
 from mixq_compile.runtime.weight_store import STORE
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.schemes.registry import get_scheme
 from mixq_compile.selection.columns import calibrated_columns
 from mixq_compile.selection.eligibility import GROUPED, ineligible
 from mixq_compile.selection.gain import LARGE_BATCH, no_kernel, not_faster
 from mixq_compile.selection.scheme_rules import SchemeRules
-from mixq_compile.selection.statistics import input_statistics
+from mixq_compile.selection.statistics import input_statistics, never_ran
+from mixq_compile.weights.recipe import outliers_from_codes
 
 ALLOWED = ("batch_invariant", "capacity", "force", "ignore", "layers", "miss", "stats", "threshold")
 """The options of MixqOptions that a swap takes, beside the scheme."""
@@ -75,6 +77,11 @@ def quantize(
     chosen = MixqOptions.from_user(options={"scheme": scheme, "force": True, **options})
     if not keep_originals:
         chosen.check_codes_only("quantize without keep_originals frees")
+    elif outliers_from_codes(get_scheme(chosen.scheme).recipe):
+        raise OptionError(
+            f"scheme {chosen.scheme!r} takes outlier columns from its codes, which make up for each other's "
+            "errors: leave keep_originals out."
+        )
     if is_plain_linear(model) or is_conv1d(model):
         raise MixqError(
             "the model is a single linear and cannot be swapped in place: wrap it in nn.Sequential."
@@ -188,6 +195,7 @@ def _why_not(
     reason = reason or bound.get(id(module)) or obstacle(module)
     if reason is None and options.stats is not None and options.stats.never_ran(name):
         reason = NEVER_RAN
+    reason = reason or never_ran(options.stats, name, scheme)
     if reason is None:
         out_features, in_features = weight.shape
         query = providers.linear_query(weight, out_features, in_features, scheme.weight, scheme.activation)

@@ -124,9 +124,12 @@ class PackedWeight:
         return self.stored.weight_scale
 
     def fetch(self, weight: Tensor, slots: Tensor) -> None:
-        """Copies the columns that these slots of `cached_index` name from the parameter."""
+        """Copies the columns that these slots of `cached_index` name from the parameter, or the codes."""
         columns = self.cached_index[slots].long()
-        source = self.stored.key.matrix(weight)
+        key = self.stored.key
+        source = key.matrix(weight)
+        if recipes.outliers_from_codes(key.recipe):
+            source = self.stored.tensors.dequantized(key.recipe.format, source.shape[1])
         self.outlier_weight[:, slots] = source[:, columns].to(self.outlier_weight.dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +12,36 @@ from mixq_compile.errors import StatisticsError
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.weights.recipe import MAGNITUDES, InputStatistics, needs
 
+IN_CHANNELS = frozenset({MAGNITUDES})
+"""Statistics of the kind `channels`, which is always collected."""
 LINEAR_IN_X = frozenset({MAGNITUDES})
 """Statistics that are multiplied where x is."""
+
+
+def check_given(stats: Any, schemes: Iterable[QuantScheme]) -> None:
+    """Raises StatisticsError, before any work, where schemes need statistics that are not at hand.
+
+    `stats` are CalibrationStats or None.
+    """
+    for scheme in schemes:
+        wanted = needs(scheme.recipe)
+        kinds = tuple(name for name in wanted if name not in IN_CHANNELS)
+        how = f"calibrate(model, batches, kinds={kinds})" if kinds else "calibrate(model, batches)"
+        made = f"scheme {scheme.name!r} makes its weights with the {' and '.join(wanted)} of linears' inputs"
+        if wanted and stats is None:
+            raise StatisticsError(f"{made}, and there are no stats: pass stats=mixq_compile.{how}.")
+        if any(kind not in stats.kinds for kind in kinds):
+            raise StatisticsError(
+                f"{made}, and these stats hold {', '.join(stats.kinds)}: calibrate again, with {how}."
+            )
+
+
+def never_ran(stats: Any, fqn: str, scheme: QuantScheme) -> str | None:
+    """Why calibration cannot make the weight of this linear; None where it can, or need not."""
+    names = needs(scheme.recipe)
+    if not names or stats is None or stats.find(fqn) is not None:
+        return None
+    return f"it never ran during calibration, and {scheme.name} needs {' and '.join(names)} of its input"
 
 
 def input_statistics(

@@ -37,6 +37,14 @@ def needs(recipe: WeightRecipe) -> tuple[str, ...]:
     return (*get_solver(recipe.solver).NEEDS, *((MAGNITUDES,) if weighted else ()))
 
 
+def outliers_from_codes(recipe: WeightRecipe) -> bool:
+    """Whether outlier columns come from the codes also where the original weight is at hand.
+
+    They do where columns make up for each other's errors: those of an outlier column are made up for too.
+    """
+    return get_solver(recipe.solver).JOINT
+
+
 def parts(recipe: WeightRecipe, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, Part]:
     """Shape and dtype of each tensor of a weight `[N, K]`, by operand; low-rank factors have `dtype`.
 

@@ -53,6 +53,10 @@ def bert() -> Any:
     return BertModel(config)
 
 
+def encoder() -> tuple[Any, Any]:
+    return bert(), tokenizer()
+
+
 def convolution() -> Any:
     import torch
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
+from uncalibrated import UNCALIBRATED
 
 from mixq_compile import MixqLinear
 from mixq_compile.errors import OperandError
 from mixq_compile.runtime.quantize import quantize
-from mixq_compile.schemes.registry import get_scheme, scheme_names
+from mixq_compile.schemes.registry import get_scheme
 
 Change = Callable[[Tensor], Tensor]
 
@@ -207,7 +208,7 @@ def small_model(scheme: str) -> nn.Module:
     return quantize(model, scheme=scheme, force=True, keep_originals=True)
 
 
-@pytest.mark.parametrize("scheme", scheme_names())
+@pytest.mark.parametrize("scheme", UNCALIBRATED)
 @pytest.mark.parametrize("columns", [43, 45, 1, 0])
 def test_a_module_names_itself(scheme: str, columns: int) -> None:
     model = small_model(scheme)
@@ -228,7 +229,7 @@ def test_a_module_without_a_name() -> None:
             module(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("scheme", scheme_names())
+@pytest.mark.parametrize("scheme", UNCALIBRATED)
 def test_compiled_code_says_so_too(scheme: str) -> None:
     torch._dynamo.reset()
     fast = torch.compile(small_model(scheme), backend="eager", fullgraph=True)

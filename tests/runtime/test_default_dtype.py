@@ -15,6 +15,7 @@ from compiling import FEATURES, block, compiled, rows
 from other_defaults import DEFAULTS, assert_unchanged, default
 from tiny_llama import ids, logits, tiny_llama
 from torch import Tensor, nn
+from uncalibrated import UNCALIBRATED
 
 import mixq_compile as mixq
 from mixq_compile import MixqLinear
@@ -22,7 +23,7 @@ from mixq_compile.benchmarking import planted
 from mixq_compile.kernels.cpu import availability, measured
 from mixq_compile.ops.outlier_state import OutlierState
 from mixq_compile.ops.weight_codes import quantize_weight
-from mixq_compile.schemes.registry import get_scheme, scheme_names
+from mixq_compile.schemes.registry import get_scheme
 
 LINEAR = nn.Linear(FEATURES, 48).requires_grad_(False)
 FEW, MANY = rows(5, columns=(3,)), rows(60, columns=(3, 20))
@@ -30,7 +31,7 @@ FEW, MANY = rows(5, columns=(3,)), rows(60, columns=(3, 20))
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-@pytest.mark.parametrize("scheme", scheme_names())
+@pytest.mark.parametrize("scheme", UNCALIBRATED)
 def test_a_quantized_linear(name: str, scheme: str) -> None:
     def run() -> Any:
         module = MixqLinear.from_linear(LINEAR, get_scheme(scheme), columns=[3], column_max=[12.3456789])
@@ -51,7 +52,7 @@ def test_an_empty_quantized_linear(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-@pytest.mark.parametrize("scheme", scheme_names())
+@pytest.mark.parametrize("scheme", UNCALIBRATED)
 def test_the_codes_of_a_weight(name: str, scheme: str) -> None:
     assert_unchanged(name, lambda: quantize_weight(LINEAR.weight, get_scheme(scheme).recipe))
 
@@ -67,7 +68,7 @@ def test_a_state_that_starts_with_calibrated_columns(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-@pytest.mark.parametrize("scheme", scheme_names())
+@pytest.mark.parametrize("scheme", UNCALIBRATED)
 def test_a_compiled_model(name: str, scheme: str) -> None:
     original = block()
 
@@ -80,14 +81,15 @@ def test_a_compiled_model(name: str, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_quantize_and_calibrate(name: str) -> None:
+@pytest.mark.parametrize("scheme", ["w4a8o16", "auto8"])
+def test_quantize_and_calibrate(name: str, scheme: str) -> None:
     original = block()
 
     def run() -> Any:
         model = copy.deepcopy(original)
-        stats = mixq.calibrate(model, [MANY])
+        stats = mixq.calibrate(model, [MANY], kinds=("gram",))
         entries = [vars(stats.linears[fqn]) for fqn in sorted(stats.linears)]
-        mixq.quantize(model, scheme="w4a8o16", stats=stats, miss="static", force=True)
+        mixq.quantize(model, scheme=scheme, stats=stats, miss="static", force=True)
         return entries, model(MANY), dict(model.named_buffers())
 
     assert_unchanged(name, run)

@@ -53,26 +53,33 @@ struct QuantizeArguments {
 struct RowMaxima {
     int32_t inner;    // bits of the largest magnitude outside the outlier columns
     int32_t overall;  // the same with them
+    float sum;        // about the sum of all magnitudes, where it was asked for
 };
 
 // The bit pattern of a magnitude orders like its value, and is at least INFINITY_BITS where not finite.
-template <bool MASKED, typename T>
+template <bool MASKED, bool SUMMED, typename T>
 MIXQ_INLINE RowMaxima row_maxima(const T* row, const int32_t* column_slot, int64_t columns) {
     IntVector inner{}, overall{};
+    FloatVector sum{};
     int64_t column = 0;
     for (; column + LANES <= columns; column += LANES) {
         const IntVector magnitude = (IntVector)load_floats(row + column) & 0x7fffffff;
         overall = maximum(overall, magnitude);
+        if (SUMMED) sum += (FloatVector)magnitude;
         if (MASKED) inner = maximum(inner, magnitude & (load<IntVector>(column_slot + column) >> 31));
     }
     if (column < columns) {
         const IntVector magnitude = (IntVector)load_floats(row + column, columns - column) & 0x7fffffff;
         const IntVector slot = load_part<IntVector>(column_slot + column, columns - column);
         overall = maximum(overall, magnitude);
+        if (SUMMED) sum += (FloatVector)magnitude;
         if (MASKED) inner = maximum(inner, magnitude & (slot >> 31));
     }
     const int32_t largest = largest_lane(overall);
-    return {MASKED ? largest_lane(inner) : largest, largest};
+    float total = 0;
+    if (SUMMED)
+        for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+    return {MASKED ? largest_lane(inner) : largest, largest, total};
 }
 
 // The inverse of the mean magnitude of a row with this largest magnitude, or 0; `row_factors` of the reference.
@@ -93,6 +100,15 @@ float inverse_mean(const T* row, int64_t columns, float largest) {
     int32_t total = 0;
     for (int lane = 0; lane < LANES; lane++) total += sums[lane];
     return float(columns) / float(total) * per_unit;
+}
+
+// Whether a row's largest magnitude outside the outlier columns lies so far below this multiple of its mean that
+// rounding, in the sum here or of the units there, cannot lift it above: most rows need no second look.
+inline bool well_below(const RowMaxima& maxima, int64_t columns, float multiple) {
+    constexpr float ROUNDED = 1 - 0x1p-8f, UNIT = 0x1p-12f;
+    const float overall = as_float(maxima.overall);
+    if (!(overall >= SMALLEST_RELATIVE && maxima.sum < LARGEST_RELATIVE)) return false;
+    return as_float(maxima.inner) < multiple * (maxima.sum / float(columns) * ROUNDED - overall * UNIT);
 }
 
 template <bool MASKED>
@@ -126,7 +142,8 @@ void row_codes(
 
 // Quantizes one row whose values may be wider than its outliers are stored; the next one lies `stride` on.
 // Returns the bits of what the threshold is compared with: its largest magnitude outside the outlier columns, or
-// that as a multiple of its mean; 0 where it is not finite or teaches nothing because its scale is too large.
+// that as a multiple of its mean; 0 where it is not finite, teaches nothing because its scale is too large, or is
+// well below the multiple.
 template <bool MASKED, typename T, typename Stored>
 int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_t stride, int64_t row) {
     const int64_t columns = arguments.columns;
@@ -137,7 +154,9 @@ int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_
     for (int32_t slot = 0; slot < count; slot++) from_float(to_float(values[arguments.index[slot]]), outliers[slot]);
     std::memset(outliers + count, 0, (arguments.capacity - count) * sizeof(Stored));
 
-    const RowMaxima maxima = row_maxima<MASKED>(values, arguments.column_slot, columns);
+    const RowMaxima maxima = arguments.relative()
+        ? row_maxima<MASKED, true>(values, arguments.column_slot, columns)
+        : row_maxima<MASKED, false>(values, arguments.column_slot, columns);
     if (maxima.overall >= INFINITY_BITS) {
         arguments.scale[row] = NAN;
         std::memset(codes, 0, columns);
@@ -156,6 +175,7 @@ int32_t quantize_row(const QuantizeArguments& arguments, const T* values, int64_
     }
     if (!(arguments.scale[row] < TEACHING_LIMIT)) return 0;
     if (!arguments.relative()) return maxima.inner;
+    if (well_below(maxima, columns, -*arguments.threshold)) return 0;
     return as_bits(largest * inverse_mean(values, columns, as_float(maxima.overall)));
 }
 

@@ -10,6 +10,7 @@ from mixq_compile.formats import TensorFormat
 from mixq_compile.weights import rounding
 
 NEEDS: tuple[str, ...] = ()
+JOINT = False
 
 
 def solve(

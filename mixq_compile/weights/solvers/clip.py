@@ -11,6 +11,7 @@ from mixq_compile.formats import TensorFormat
 from mixq_compile.weights import rounding
 
 NEEDS: tuple[str, ...] = ()
+JOINT = False
 CANDIDATES = 41
 SMALLEST = 0.5
 """The narrowest range, as a part of the whole one."""

@@ -17,6 +17,7 @@ from mixq_compile.formats import TensorFormat
 from mixq_compile.weights import rounding
 
 NEEDS: tuple[str, ...] = ("gram",)
+JOINT = True
 BLOCK = 128
 """Columns whose errors are fed back at once to all columns behind them."""
 DAMPING = 0.01

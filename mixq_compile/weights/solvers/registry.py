@@ -20,6 +20,9 @@ class Solver(Protocol):
 
     NEEDS: tuple[str, ...]
     """Statistics of the inputs that it is given, by the names under which calibration collects them."""
+    JOINT: bool
+    """Whether columns make up for each other's errors: one taken from the original weight would then be made
+    up for without need, so that outlier columns come from the codes."""
 
     def solve(
         self, matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor]
