@@ -65,6 +65,8 @@ class EncoderEvaluation:
     device: str
     dtype: str
     output: Path | None
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Further ways to run the model by label, called as it is: another runtime's, measured in turn."""
 
     def run(self) -> dict[str, Any]:
         """Everything measured, as JSON-able data; written to `output` too.
@@ -182,7 +184,7 @@ class EncoderEvaluation:
             options |= {"stats": stats} if calibrated else {}
             fast = torch.compile(copy.deepcopy(loaded.model), backend="mixq", options=options)
             runs.append(_Run(choice.label, fast, choice, calibrated))
-        return runs
+        return [*runs, *(_Run(label, call) for label, call in self.others.items())]
 
     def _row(self, run: _Run, batches: Sequence[Inputs], references: Sequence[Reference]) -> dict[str, Any]:
         import torch
