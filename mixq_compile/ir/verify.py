@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_flatten
 
-from mixq_compile.ir.effects import is_in_place, is_reshaped_later
+from mixq_compile.ir.effects import inside_transforms, is_in_place, is_reshaped_later
 from mixq_compile.ir.evaluate import UnknownValueError
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import hint_of
@@ -39,12 +39,14 @@ def verify(graph: CapturedGraph, nodes: Iterable[Node] | None = None) -> list[Vi
 
     The structure is always checked in full. Shapes, dtypes and devices are checked by running each
     operator on the recorded values of its inputs, which `Graph.lint` does not do; calls that write
-    their arguments in place, depend on data, or run under autocast are taken as they are.
+    their arguments in place, depend on data, or run under autocast or inside a transform are taken as they
+    are.
     """
     violations = _structure(graph)
     if violations:
         return violations
     chosen = None if nodes is None else set(nodes)
+    transformed = inside_transforms(graph.graph.nodes)
     autocast = 0
     for node in graph.graph.nodes:
         if node.target is _AUTOCAST_ENTER:
@@ -52,7 +54,8 @@ def verify(graph: CapturedGraph, nodes: Iterable[Node] | None = None) -> list[Vi
         elif node.target is _AUTOCAST_EXIT:
             autocast -= 1
         if chosen is None or node in chosen:
-            problems = [_annotations(node), None if autocast else _value(graph, node)]
+            taken = autocast or node in transformed
+            problems = [_annotations(node), None if taken else _value(graph, node)]
             violations += [Violation(node.name, problem) for problem in problems if problem is not None]
     return violations
 

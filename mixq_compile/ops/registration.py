@@ -56,6 +56,11 @@ class Operator:
         torch.library.register_fake(f"mixq::{self._name}", function, lib=_LIBRARY)
         return function
 
+    def register_vmap(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """Registers what `torch.vmap` calls: `rule(info, in_dims, *operands)` gives result and dimension."""
+        torch.library.register_vmap(f"mixq::{self._name}", rule, lib=_LIBRARY)
+        return rule
+
     def _run(self, *arguments: Any) -> Any:
         for place in self._written:
             _count_write(arguments[place])

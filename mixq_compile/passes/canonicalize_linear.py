@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.captured_calls import captured_argument
-from mixq_compile.ir.effects import is_region
+from mixq_compile.ir.effects import inside_transforms, is_region
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.linear_spellings import CANONICAL, Attribute, SpelledLinear, spelled_linear
 from mixq_compile.ir.roles import OTHER, ROUTER, role_of
@@ -22,6 +22,7 @@ from mixq_compile.selection.eligibility import GROUPED
 aten = torch.ops.aten
 UNSUPPORTED = {"grouped_mm": GROUPED}
 MIXED_TYPES = "its input, weight and result differ in dtype, as under autocast: cast the model itself instead"
+TRANSFORMED = "it runs inside a transform such as torch.vmap, for which no quantized operator has a rule"
 
 
 def _parameter_behind(graph: CapturedGraph, node: Any) -> Node | None:
@@ -49,6 +50,7 @@ class CanonicalizeLinear(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear, and one for each product that is known but not supported."""
+        transformed = inside_transforms(graph.graph.nodes)
         for node in graph.walk():
             if Annotations(node).role is not None:
                 continue
@@ -68,10 +70,11 @@ class CanonicalizeLinear(Pass):
             if found is None:
                 continue
             fqn = graph.fqn(node) or self._parameter_owner(graph, found)
-            if _is_mixed(graph, found):
-                yield Decision.skipped(node, MIXED_TYPES, fqn=fqn)
+            left = TRANSFORMED if node in transformed else MIXED_TYPES if _is_mixed(graph, found) else None
+            if left is not None:
+                yield Decision.skipped(node, left, fqn=fqn)
                 view = Annotations(node)
-                view.fqn, view.role, view.skip = fqn, role_of(fqn), MIXED_TYPES
+                view.fqn, view.role, view.skip = fqn, role_of(fqn), left
                 # The attribute of a module that stays a call has no node that could be named.
                 parameter = found.weight if isinstance(found.weight, Node) else None
                 if parameter is not None and graph.tensor(parameter) is not None:

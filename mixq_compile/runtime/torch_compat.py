@@ -15,6 +15,9 @@ from torch.fx import GraphModule, Node
 
 from mixq_compile.version import __version__
 
+SET_GRADIENTS = torch._C._set_grad_enabled
+"""What Dynamo's graphs call where a model turns gradients on or off."""
+
 
 def register_attribute_sources(module: GraphModule, names: Sequence[str]) -> None:
     """Gives attributes that a backend added to Dynamo's graph module a source.

@@ -127,7 +127,6 @@ ONE_OPERATOR = (
     "torch's fast path puts one operator for a whole layer into the graph, and its linears stay in 16 or 32 "
     "bit; torch.backends.mha.set_fastpath_enabled(False) before compiling brings them out"
 )
-SCAN = "the backend does not compile its associative scan yet; after quantize, other backends do"
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -181,17 +180,16 @@ ARCHITECTURES = (
          "conv_dim": (32, 32), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
          "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}, _sound, "last_hidden_state",
     ),
-    Architecture("Mamba", "MambaConfig", "MambaForCausalLM", STATES, _short, without={"backend": SCAN}),
+    Architecture("Mamba", "MambaConfig", "MambaForCausalLM", STATES, _short),
     Architecture(
         "FalconMamba", "FalconMambaConfig", "FalconMambaForCausalLM", STATES, _short,
-        without={"backend": SCAN},
     ),
     Architecture(
         "Jamba", "JambaConfig", "JambaForCausalLM",
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": VOCABULARY, "attn_layer_period": 2, "attn_layer_offset": 1,
          "num_experts": 1, "num_experts_per_tok": 1, "mamba_d_state": 8, "mamba_dt_rank": 16,
-         "pad_token_id": 0}, _short, without={"backend": SCAN},
+         "pad_token_id": 0}, _short,
     ),
     Architecture(
         "DETR", "DetrConfig", "DetrForSegmentation",
