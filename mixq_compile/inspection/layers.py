@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from mixq_compile.ir.linears import features_of
+from mixq_compile.ir.name_patterns import name_matches
 from mixq_compile.ir.snapshot import NodeRow
 from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.traits import traits_of
 from mixq_compile.pipeline.history import History
 from mixq_compile.scheme import QuantScheme, WeightRecipe
 from mixq_compile.schemes.registry import get_scheme, scheme_names
-from mixq_compile.selection.eligibility import name_matches
 from mixq_compile.weights.recipe import packed_bytes
 
 LINEAR = "aten.linear.default"

@@ -14,7 +14,9 @@ from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.ir.effects import inside_transforms, is_region
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.heads import role_by_place
 from mixq_compile.ir.linear_spellings import CANONICAL, Attribute, SpelledLinear, spelled_linear
+from mixq_compile.ir.linears import features_of
 from mixq_compile.ir.roles import OTHER, ROUTER, role_of
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.selection.eligibility import GROUPED
@@ -80,15 +82,24 @@ class CanonicalizeLinear(Pass):
                 if parameter is not None and graph.tensor(parameter) is not None:
                     view.readers = [parameter.name]
                 continue
-            # A router multiplies by a parameter of its own; only a linear module's product is a linear.
-            owned = node.op == "call_module" or graph.owner_is_linear(node)
-            role = role_of(fqn) if owned else ROUTER
+            role = self._role(graph, node, found, fqn)
             spelled = getattr(node.target, "__name__", str(node.target))
             yield Decision.applied(node, f"{spelled} is a linear, its role {role}", fqn=fqn)
             is_canonical = node.target is CANONICAL and not node.kwargs
             linear = node if is_canonical else self._rewrite(graph, node, found)
             view = Annotations(linear)
             view.fqn, view.role = fqn, role
+
+    def _role(self, graph: CapturedGraph, node: Node, found: SpelledLinear, fqn: str) -> str:
+        # A router multiplies by a parameter of its own; only a linear module's product is a linear.
+        if node.op != "call_module" and not graph.owner_is_linear(node):
+            return ROUTER
+        weight = found.weight.tensor if isinstance(found.weight, Attribute) else graph.value(found.weight)
+        result = graph.value(found.replaces)
+        if weight is None or result is None:
+            return role_of(fqn)
+        features = features_of(weight.shape, result.shape)
+        return role_by_place(graph, found.replaces, fqn, role_of(fqn, features), features)
 
     def _parameter_owner(self, graph: CapturedGraph, found: SpelledLinear) -> str:
         if isinstance(found.weight, Attribute):

@@ -55,7 +55,7 @@ class ExpandLinear(Pass):
         def write(operator: Any, named: Mapping[str, Any]) -> Node:
             made = graph.call(operator, named, like=node)
             view = Annotations(made)
-            view.fqn, view.role = fqn, role_of(fqn)
+            view.fqn, view.role = fqn, role_of(fqn, (out_features, in_features))
             return made
 
         x, in_features = graph.value(given["x"]), graph.value(given["column_slot"]).shape[0]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from mixq_compile.errors import OptionError, ReleasedWeightError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.heads import EMBEDDINGS
+from mixq_compile.ir.name_patterns import names_explicitly
 from mixq_compile.ir.roles import OTHER
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
@@ -24,8 +26,6 @@ from mixq_compile.scheme import QuantScheme
 from mixq_compile.selection.eligibility import FLOATS, ineligible
 from mixq_compile.selection.gain import LARGE_BATCH, gains_by_merging, no_kernel, not_faster
 from mixq_compile.selection.scheme_rules import SchemeRules
-
-EMBEDDINGS = (nn.functional.embedding, torch.ops.aten.embedding.default)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SelectScheme(Pass):
     ignore: tuple[str, ...] = ("lm_head",)
     """Names, dotted name parts or glob patterns of linears to leave alone."""
     layers: tuple[str, ...] = ()
-    """`pattern=scheme` for single linears; the first that fits decides."""
+    """`pattern=scheme` for single linears; the first that fits decides, for a head that it names too."""
     threshold: float | str | None = None
     """Magnitude above which a column is kept in 16 bit, or a multiple of its row's mean such as 8x; none: the
     scheme's."""
@@ -113,7 +113,11 @@ class SelectScheme(Pass):
             return Obstacle(view.skip)
         if weight is None:
             return Obstacle("its weight is computed, not a parameter", (operand(node, "weight").name,))
-        reason = ineligible(view.fqn or "", view.role or OTHER, weight, self.ignore)
+        fqn = view.fqn or ""
+        # Who names a linear and a scheme for it means it, whatever its name says.
+        named = names_explicitly(fqn, [entry.rpartition("=")[0] for entry in self.layers])
+        role, ignore = (OTHER, ()) if named else (view.role or OTHER, self.ignore)
+        reason = ineligible(fqn, role, weight, ignore)
         if reason is None and id(weight) in embedded:
             return Obstacle("its weight is tied to an embedding", tuple(embedded[id(weight)]))
         x = graph.value(operand(node, "input"))

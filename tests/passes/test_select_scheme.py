@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from mixq_compile.errors import OptionError, ReleasedWeightError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.name_patterns import name_matches
 from mixq_compile.ops import providers
 from mixq_compile.ops.providers import KernelQuery, Provider
 from mixq_compile.passes.select_scheme import SelectScheme
 from mixq_compile.pipeline import PassError
 from mixq_compile.runtime.weight_store import WeightStore
 from mixq_compile.scheme import QuantScheme
-from mixq_compile.selection.eligibility import name_matches
 
 
 def select(
