@@ -6,7 +6,7 @@ import ast
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,13 +117,22 @@ def lies_in(fqn: str, pattern: str) -> bool:
 
 
 def _all_rows(history: History) -> Iterator[NodeRow]:
-    """Every row of every snapshot, later ones last."""
+    """Every row of every snapshot, later ones last, and one for each linear inside of a region."""
     assert history.initial is not None
     yield from history.initial.rows
     for record in history.records:
         if record.diff is not None:
             yield from record.diff.added
-            yield from (new for _, new in record.diff.changed)
+            for _, new in record.diff.changed:
+                yield new
+                yield from _held(new)
+
+
+def _held(row: NodeRow) -> Iterator[NodeRow]:
+    """A row for each linear that a region holds, named by its annotations."""
+    for member in row.annotations.get("members") or ():
+        if member.get("skip") is not None:
+            yield replace(row, fqn=member["fqn"], annotations=member)
 
 
 def _is_linear(row: NodeRow) -> bool:

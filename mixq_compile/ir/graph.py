@@ -88,6 +88,16 @@ class CapturedGraph:
         """The same capture over another copy of its graph module."""
         return CapturedGraph(module, self.origin, self._tensors)
 
+    def inner(self, module: GraphModule, given: Mapping[str, Node]) -> CapturedGraph:
+        """The capture of a graph that one of its calls runs; `given` are nodes by that one's placeholders."""
+        made = CapturedGraph(module, self.origin)
+        made._roots = self._roots
+        for name, node in given.items():
+            if (tensor := self.tensor(node)) is not None:
+                made._tensors[name] = tensor
+                made._sources[name] = self._sources.get(node.name) or str(node.target)
+        return made
+
     @property
     def graph(self) -> Graph:
         """The graph itself."""

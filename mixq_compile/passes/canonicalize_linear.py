@@ -17,6 +17,7 @@ from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.heads import role_by_place
 from mixq_compile.ir.linear_spellings import CANONICAL, Attribute, SpelledLinear, spelled_linear
 from mixq_compile.ir.linears import features_of
+from mixq_compile.ir.regions import AUTOCAST, held_linears, region_name
 from mixq_compile.ir.roles import OTHER, ROUTER, role_of
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.selection.eligibility import GROUPED
@@ -54,10 +55,10 @@ class CanonicalizeLinear(Pass):
         """One decision for each linear, and one for each product that is known but not supported."""
         transformed = inside_transforms(graph.graph.nodes)
         for node in graph.walk():
-            if Annotations(node).role is not None:
+            if Annotations(node).role is not None or Annotations(node).members is not None:
                 continue
             if is_region(node):
-                yield Decision.skipped(node, f"{node.target}: what is inside is not looked at")
+                yield from self._held(graph, node)
                 continue
             reason = next((text for key, text in UNSUPPORTED.items() if key in str(node.target)), None)
             if reason is not None:
@@ -89,6 +90,24 @@ class CanonicalizeLinear(Pass):
             linear = node if is_canonical else self._rewrite(graph, node, found)
             view = Annotations(linear)
             view.fqn, view.role = fqn, role
+
+    def _held(self, graph: CapturedGraph, region: Node) -> Iterator[Decision]:
+        """One decision for each linear inside of a region, which stays, and a note where it holds none."""
+        held, name = held_linears(graph, region), region_name(region)
+        reason = MIXED_TYPES if name == AUTOCAST else f"it runs inside {name}, whose graph no pass rewrites"
+        for linear in held:
+            yield Decision.skipped(region, reason, fqn=linear.fqn)
+        if not held:
+            yield Decision.noted(region, f"{name} holds no linear")
+        Annotations(region).members = [
+            {
+                "fqn": linear.fqn,
+                "role": role_of(linear.fqn),
+                "skip": reason,
+                "readers": [linear.weight.name] if linear.weight is not None else [],
+            }
+            for linear in held
+        ] or None
 
     def _role(self, graph: CapturedGraph, node: Node, found: SpelledLinear, fqn: str) -> str:
         # A router multiplies by a parameter of its own; only a linear module's product is a linear.

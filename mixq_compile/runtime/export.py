@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from mixq_compile.errors import MixqError, OptionError
+from mixq_compile.inspection.layers import layers_of
 from mixq_compile.inspection.shown_history import ShownHistory
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.pipeline import PassContext
+from mixq_compile.pipeline import History, PassContext
+from mixq_compile.runtime.linear_records import is_product
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import default_pipeline, pipeline_for
 from mixq_compile.runtime.weight_store import WeightStore
@@ -97,12 +100,28 @@ def compile(
         raise MixqError("the program has no example inputs to export the result with: pass example=.")
     graph = CapturedGraph.from_export(program)
     context = PassContext(stats=chosen.stats, weights=WeightStore())
-    history = pipeline_for(chosen, default_pipeline(graph, ordinary="aot")).run(graph, context)
+    default = default_pipeline(graph, ordinary="aot")
+    history = pipeline_for(chosen, default).run(graph, context)
+    if default != "swapped":
+        _warn_if_idle(graph, history)
     with torch.no_grad():
         rewritten = torch.export.export(
             graph.module, args, kwargs, dynamic_shapes=dynamic_shapes_of(program, args, kwargs), strict=False
         )
     return rewritten, ShownHistory.of(history)
+
+
+def _warn_if_idle(graph: CapturedGraph, history: History) -> None:
+    if any(is_product(node) for node in graph.graph.nodes):
+        return
+    left = layers_of(history)
+    reasons = "; ".join(sorted({layer.skip or "" for layer in left}))
+    why = f"none of its {len(left)} linears: {reasons}" if left else "it holds no linear"
+    warnings.warn(
+        f"mixq quantized nothing in the exported program: {why}. The history that mixq_compile.compile "
+        "returns says it by linear; force=True quantizes those that would not be faster.",
+        stacklevel=3,
+    )
 
 
 def dynamic_shapes_of(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
