@@ -153,6 +153,18 @@ def test_a_swapped_linear_has_a_rule_for_vmap(in_dim):
     assert torch.equal(mapped, expected)
 
 
+@pytest.mark.parametrize("entrance", ["backend", "export"])
+def test_a_swapped_linear_inside_vmap_is_compiled(entrance):
+    model, x = model_of(WITH_LINEARS["vmap of a linear"]), rows()
+    reference = model(x)
+    swapped = mixq.quantize(model)
+    if entrance == "backend":
+        made = compiled(swapped)
+    else:
+        made = mixq.compile(mixq.capture(swapped, (x,)))[0].module()
+    assert sqnr(reference, made(x)) >= LEAST_SQNR
+
+
 def test_a_mask_of_rows_is_mapped_beside_its_rows():
     swapped = mixq.quantize(model_of(lambda model, x: model.inner(x)))
     x = rows(6, columns=(3,), size=40.0).reshape(2, 3, FEATURES)
