@@ -101,7 +101,9 @@ def compile(
     graph = CapturedGraph.from_export(program)
     context = PassContext(stats=chosen.stats, weights=WeightStore())
     default = default_pipeline(graph, ordinary="aot")
-    history = pipeline_for(chosen, default).run(graph, context)
+    # What is made in inference mode cannot be written outside of it, and calls write the outlier states.
+    with torch.inference_mode(False):
+        history = pipeline_for(chosen, default).run(graph, context)
     if default != "swapped":
         _warn_if_idle(graph, history)
     with torch.no_grad():

@@ -53,6 +53,8 @@ class MixqLinear(nn.Module):
     held = False
     """True while `hold_states` lasts."""
 
+    # What is made in inference mode cannot be written outside of it, and calls write the outlier state.
+    @torch.inference_mode(False)
     def __init__(
         self,
         in_features: int,
@@ -103,6 +105,7 @@ class MixqLinear(nn.Module):
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @classmethod
+    @torch.inference_mode(False)
     def from_linear(
         cls,
         linear: nn.Module,
@@ -148,7 +151,7 @@ class MixqLinear(nn.Module):
 
     def keep_original(self, weight: Tensor) -> None:
         """Keeps a 16-bit weight `[N, K]` as the source of outlier columns, also in the module's state."""
-        self.register_buffer("outlier_source", weight)
+        self.register_buffer("outlier_source", weight.clone() if weight.is_inference() else weight)
 
     def outlier_state(self) -> OutlierState:
         """A view of this module's outlier buffers."""
@@ -199,7 +202,15 @@ class MixqLinear(nn.Module):
     def fqn(self, name: str) -> None:
         self._freed_weight.fqn = name
 
+    @torch.inference_mode(False)
     def _align(self) -> None:
+        # Copies, pickles and assigned states that were made in inference mode could not be written.
+        for name, parameter in self._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                self._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                self._buffers[name] = buffer.clone()
         # A copy packs rows densely, where fast kernels want each to begin at a multiple of 16 bytes.
         codes = self.weight_codes.data
         if has_data(codes) and (rows := aligned(codes)) is not codes:
@@ -292,24 +303,25 @@ class MixqLinear(nn.Module):
         super()._load_from_state_dict(  # type: ignore[no-untyped-call]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._align()
         # Whether a state is held is a matter of the moment, here and where the dict was made.
         state = self.outlier_state()
         state.let_go()
         if self.held:
             state.hold()
-        self._align()
         if prefix + TRIPWIRE in unexpected_keys:
             unexpected_keys.remove(prefix + TRIPWIRE)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._align()
         # Of a copy or a pickle: that one made inside `hold_states` has left it.
         if has_data(self.counters):
             self.outlier_state().let_go_if_copied()
             if not self.outlier_state().held:
                 self.held = False
-        self._align()
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
         # A cast of the model's dtype must not touch scales, codes and state: they only change device. Each
         # is replaced once it is right, so that a move that fails midway leaves a module that still is.
