@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mixq_compile.cache_folder import CACHE_VARIABLE, cached, writable_cache_directory
+from mixq_compile.cache_folder import CACHE_VARIABLE, cache_directory, cached, writable_cache_directory
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,11 @@ def tuned(device: str) -> SpeedTable:
 def save(table: SpeedTable) -> Path:
     """Writes this machine's measurements, all at once; a folder that cannot be written costs a warning."""
     path = writable_cache_directory() / cache_file(table.device).name
+    if path.parent != cache_directory():
+        log.warning(
+            "%s cannot be written: measured speeds are kept in %s. Set %s.",
+            cache_directory(), path.parent, CACHE_VARIABLE,
+        )  # fmt: skip
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
             json.dump(table.to_json(), file, indent=1)
