@@ -59,10 +59,10 @@ def calibrate(
 
     if not output.parent.is_dir():
         raise OptionError(f"--output {output}: there is no folder {output.parent}. Make it first.")
-    kinds = checked_kinds(kind or ("channels",))
+    kinds, sample = checked_kinds(kind or ("channels",)), read_text(text)
     loaded = load_model(model, device, dtype)
     longest = length or min(DEFAULT_LENGTH, context_length(loaded.model) or DEFAULT_LENGTH)
-    ids = windows(loaded.required_tokenizer(), read_text(text), longest, limit)
+    ids = windows(loaded.required_tokenizer(), sample, longest, limit)
     stats = run_calibration(loaded.model, batches(ids, batch), kinds=kinds)
     stats.save(output)
     if json:

@@ -69,7 +69,7 @@ def _structure(graph: CapturedGraph) -> list[Violation]:
         try:
             graph.graph.lint()
         except (RuntimeError, ValueError, AttributeError) as error:
-            found.append(Violation("", str(error)))
+            found.append(Violation("", shortened(str(error))))
     return found
 
 
@@ -106,6 +106,19 @@ def _value(graph: CapturedGraph, node: Node) -> str | None:
     if difference is None:
         graph.note_computed(node)
     return difference
+
+
+LINES_SHOWN, COLUMNS_SHOWN = 8, 400
+
+
+def shortened(text: str) -> str:
+    """The beginning of an error's text: torch.fx appends the whole graph to some."""
+    lines = text.partition("\ngraph():")[0].splitlines() or [""]
+    shown = [
+        line if len(line) <= COLUMNS_SHOWN else f"{line[:COLUMNS_SHOWN]}…" for line in lines[:LINES_SHOWN]
+    ]
+    left = len(text.splitlines()) - len(shown)
+    return "\n".join([*shown, f"… and {left} lines more"] if left > 0 else shown)
 
 
 def _first_line(error: BaseException) -> str:

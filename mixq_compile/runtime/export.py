@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
+from mixq_compile.calibration.arguments import arguments_of
 from mixq_compile.errors import MixqError, OptionError
 from mixq_compile.inspection.layers import layers_of
 from mixq_compile.inspection.shown_history import ShownHistory
@@ -33,17 +33,6 @@ def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(example), {}
 
 
-def _check_names(model: nn.Module, names: Sequence[str]) -> None:
-    parameters = inspect.signature(model.forward).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for name in names:
-        if name not in parameters:
-            raise OptionError(
-                f"the model's forward takes no argument {name!r}: it has {', '.join(parameters)}."
-            )
-
-
 def capture(
     model: nn.Module,
     example: Example,
@@ -59,8 +48,7 @@ def capture(
 
     A transformers causal model is best captured with `{"input_ids": …, "use_cache": False}`.
     """
-    args, kwargs = _arguments(example)
-    _check_names(model, list(kwargs))
+    args, kwargs = arguments_of(model, example)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -14,6 +14,7 @@ from mixq_compile.ir.nested_rows import map_nested_rows
 from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.linear_recipe import CACHE_FIELDS, ORIGINAL, LinearRecipe
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
+from mixq_compile.ops.registration import without_gradient
 from mixq_compile.ops.weight_codes import aligned
 from mixq_compile.runtime.freed_weight import FreedWeight, freed_error
 from mixq_compile.scheme import QuantScheme
@@ -29,6 +30,14 @@ Whoever loads the state into an ordinary model meets a wrong shape, in place of 
 STAYS_FP32 = ("weight_scale", "column_max", "effective_threshold")
 """What stays fp32 when the module is cast to another dtype."""
 ASSIGNED = "a weight was assigned, which the codes would not follow"
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives the result of a linear; None where it is off or leaves this one alone."""
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class MixqLinear(nn.Module):
@@ -52,6 +61,8 @@ class MixqLinear(nn.Module):
     weight_marker: Tensor
     held = False
     """True while `hold_states` lasts."""
+    was_trainable = False
+    """Whether the weight had a gradient before the swap: a backward pass then says that there is none."""
 
     # What is made in inference mode cannot be written outside of it, and calls write the outlier state.
     @torch.inference_mode(False)
@@ -131,6 +142,7 @@ class MixqLinear(nn.Module):
             in_features, out_features, scheme,
             bias=bias is not None, dtype=weight.dtype, device=weight.device, batch_invariant=batch_invariant,
         )  # fmt: skip
+        module.was_trainable = parameter.requires_grad
         made = recipes.make(scheme.recipe, weight, weight.dtype, statistics.tensors if statistics else None)
         for name, tensor in made.named().items():
             module.get_parameter(name).data = tensor
@@ -250,8 +262,9 @@ class MixqLinear(nn.Module):
                 f"{name} was called with x of shape {list(x.shape)}: its last dimension must be "
                 f"{self.in_features}."
             )
-        return ops.linear(  # type: ignore[no-any-return]
-            x=x,
+        autocast = _autocast_dtype(x)
+        result: Tensor = ops.linear(
+            x=x if autocast is None else x.to(self.outlier_weight.dtype),
             bias=self.bias,
             weight=[self._part(name) for name in self._weight_operands],
             state=[getattr(self, name) for name in STATE_FIELDS],
@@ -259,6 +272,11 @@ class MixqLinear(nn.Module):
             row_mask=row_mask,
             recipe=self._recipe_text,
         )
+        if autocast is not None:
+            result = result.to(autocast)
+        if self.was_trainable and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return without_gradient(result, self.fqn)
+        return result
 
     def _part(self, operand: str) -> Tensor:
         """What the operator calls by this name; the kept 16-bit weight has another one here."""
