@@ -107,7 +107,7 @@ def calibrated_columns(history: History) -> dict[str, list[int]]:
 
 
 def matching(fqns: Iterable[str], pattern: str) -> tuple[str, ...]:
-    """The names that a pattern means: the name itself, one of its dotted parts, or a glob."""
+    """The names that a pattern means, as `ir.name_patterns` says."""
     return tuple(fqn for fqn in fqns if name_matches(fqn, pattern))
 
 

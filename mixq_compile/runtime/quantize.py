@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixq_compile.errors import MixqError, OptionError, ReleasedWeightError
 from mixq_compile.ir.linears import is_conv1d, is_plain_linear
-from mixq_compile.ir.name_patterns import names_explicitly
+from mixq_compile.ir.name_patterns import names_explicitly, no_match, unmatched
 from mixq_compile.ir.roles import LM_HEAD, OTHER, role_of
 from mixq_compile.ops import providers
 from mixq_compile.runtime.compilation import LinearRecord, remember_swap, swapped_linears
@@ -104,6 +104,7 @@ def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> I
     rules = SchemeRules(options.scheme, options.layers, options.threshold, options.capacity, options.miss)
     linears = linears_of(model)
     bound = _bound_elsewhere(model, linears.values(), options)
+    _warn_unmatched([*linears, *(name for name, _ in _expert_weights(model))], options)
     roles = _roles(model, linears)
     named = {name for name in linears if names_explicitly(name, [pattern for pattern, _ in options.layers])}
     schemes = {name: rules.scheme_for(name, role) for name, role in roles.items()}
@@ -148,6 +149,16 @@ def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> I
             outlier_weight_source=None,
             float_bytes=weight.nbytes,
         )
+
+
+def _warn_unmatched(names: Collection[str], options: MixqOptions) -> None:
+    given = {
+        "ignore": [pattern for pattern in options.ignore if pattern not in MixqOptions.ignore],
+        "layers": [pattern for pattern, _ in options.layers],
+    }
+    for option, patterns in given.items():
+        for pattern in unmatched(patterns, names) if names else ():
+            warnings.warn(no_match(option, pattern, names, "the model"), stacklevel=4)
 
 
 def _matrix(module: nn.Module) -> Tensor:

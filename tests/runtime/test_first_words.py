@@ -28,9 +28,8 @@ def deep(count: int = 40) -> nn.Module:
 
 def test_statistics_print_in_one_line():
     stats = mixq.calibrate(deep(), [rows()])
-    assert repr(stats) == (
-        "<CalibrationStats of 40 linears of torch.nn.modules.container.Sequential (float32): 6 rows, channels>"
-    )
+    kind = "torch.nn.modules.container.Sequential"
+    assert repr(stats) == f"<CalibrationStats of 40 linears of {kind} (float32): 6 rows, channels>"
     assert "tensor" not in repr(mixq.MixqOptions(stats=stats))
 
 
