@@ -62,5 +62,5 @@ def no_match(option: str, pattern: str, fqns: Collection[str], where: str) -> st
     )
     return (
         f"mixq: {option} holds {pattern!r}, which matches none of the {len(fqns)} linears of {where}.{hint} "
-        "A pattern is a run of dotted parts (mlp.down_proj), a glob (layers.*.q_proj) or re: and an expression."
+        "A pattern is a run of dotted parts (mlp.down_proj), a glob (layers.*.q_proj) or re:EXPRESSION."
     )
