@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from mixq_compile.ir import names
@@ -150,6 +149,9 @@ class CapturedGraph:
                     if isinstance(leaf, FakeTensor):
                         self._fake_mode = leaf.fake_mode
                         return self._fake_mode
+            # Here, since sympy behind it takes half a second, which listing passes need not wait for.
+            from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
             self._fake_mode = FakeTensorMode(shape_env=ShapeEnv())
         return self._fake_mode
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_flatten
 
 from mixq_compile.ir.effects import inside_transforms, is_in_place, is_reshaped_later
@@ -20,7 +19,15 @@ from mixq_compile.ir.evaluate import UnknownValueError
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import hint_of
 
-DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+
+@functools.cache
+def _data_dependent() -> tuple[type[Exception], ...]:
+    """What an operator raises whose result depends on data; sympy behind one of them takes long to import."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
 _AUTOCAST_ENTER = torch.amp.autocast_mode._enter_autocast
 _AUTOCAST_EXIT = torch.amp.autocast_mode._exit_autocast
 
@@ -96,10 +103,10 @@ def _value(graph: CapturedGraph, node: Node) -> str | None:
         return None
     try:
         computed = graph.evaluate(node.target, node.args, node.kwargs)
-    except (UnknownValueError, *DATA_DEPENDENT):
+    except UnknownValueError:
         return None
     except Exception as error:
-        if isinstance(error.__cause__, DATA_DEPENDENT):
+        if isinstance(error, _data_dependent()) or isinstance(error.__cause__, _data_dependent()):
             return None
         return f"its operator refuses its inputs: {type(error).__name__}: {_first_line(error)}"
     difference = _difference(recorded, computed)

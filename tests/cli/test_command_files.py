@@ -87,3 +87,42 @@ def test_an_error_of_a_closed_pipe_stays_one():
 
     assert _file_problem(BrokenPipeError(32, "Broken pipe")) is None
     assert isinstance(_file_problem(PermissionError(13, "Permission denied", "report.html")), MixqError)
+
+
+def unwritable(folder: Path) -> list[tuple[Path, str]]:
+    """Names of files that cannot be written, and what is said of each."""
+    (folder / "file").write_text("")
+    return [
+        (folder / "absent" / "out", "there is no folder"),
+        (folder, "is a directory"),
+        (folder / "file" / "out", "there is no folder"),
+        (Path("/proc/out"), "nothing can be written"),
+    ]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_file_that_cannot_be_written_is_told_before_the_work(place, tmp_path):
+    path, message = unwritable(tmp_path)[place]
+    (tmp_path / "text").write_text("a story")
+    commands = (
+        ("calibrate", "no-such-model", "--text", tmp_path / "text", "--output", path),
+        ("inspect", "no-such-model", "--html", path),
+        ("inspect", "no-such-model", "--json", path),
+    )
+    for command in commands:
+        assert message in " ".join(mixq(*command, code=2).output.split())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work():
+    result = mixq("bisect", "no-such-model", "--sqnr", "20", "--output", "/proc/out", code=2)
+    assert "nothing can be written" in result.output
+
+
+def test_a_quantized_model_is_told_before_it_is_loaded(tmp_path):
+    from mixq_compile.cli.models import MANIFEST
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / MANIFEST).write_text("{}")
+    (tmp_path / "text").write_text("a story")
+    arguments = ("calibrate", tmp_path / "model", "--text", tmp_path / "text", "--output", tmp_path / "out")
+    assert "is quantized already" in mixq(*arguments, code=2).output
