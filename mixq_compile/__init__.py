@@ -20,6 +20,7 @@ _HOME = {
     "compile": "mixq_compile.runtime.export",
     "freeze": "mixq_compile.runtime.outlier_control",
     "hold_states": "mixq_compile.runtime.outlier_control",
+    "load": "mixq_compile.runtime.program_files",
     "load_pretrained": "mixq_compile.runtime.checkpoint_loading",
     "prepare_for_generation": "mixq_compile.runtime.generation",
     "quantize": "mixq_compile.runtime.quantize",
@@ -27,6 +28,7 @@ _HOME = {
     "report": "mixq_compile.runtime.report",
     "reset": "mixq_compile.runtime.outlier_control",
     "restore_generation": "mixq_compile.runtime.generation",
+    "save": "mixq_compile.runtime.program_files",
     "save_pretrained": "mixq_compile.runtime.checkpoint_saving",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "compile",
     "freeze",
     "hold_states",
+    "load",
     "load_pretrained",
     "prepare_for_generation",
     "quantize",
@@ -47,6 +50,7 @@ __all__ = [
     "report",
     "reset",
     "restore_generation",
+    "save",
     "save_pretrained",
 ]
 
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     from mixq_compile.runtime.mixq_linear import MixqLinear
     from mixq_compile.runtime.options import MixqOptions
     from mixq_compile.runtime.outlier_control import freeze, hold_states, refresh, reset
+    from mixq_compile.runtime.program_files import load, save
     from mixq_compile.runtime.quantize import quantize
     from mixq_compile.runtime.report import report
 

@@ -74,3 +74,20 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_backend_is_an_entry_point() -> None:
     (found,) = entry_points(group="torch_dynamo_backends", name="mixq")
     assert found.value == "mixq_compile.runtime.backend:mixq_backend"
+
+
+@pytest.mark.parametrize("command", ["passes", "pipelines"])
+def test_listing_passes_loads_torch_and_no_algebra(command: str) -> None:
+    """sympy, which torch needs for symbolic sizes, takes as long as half of torch."""
+    script = f"""
+import json, sys
+from mixq_compile.cli import main
+sys.argv = ["mixq", {command!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+sys.stderr.write(json.dumps([name for name in ("sympy", "triton", "transformers") if name in sys.modules]))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert json.loads(result.stderr.splitlines()[-1]) == [], result.stderr

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mixq_compile.cache_folder import writable_cache_directory
 from mixq_compile.errors import MixqError
 
 SOURCES = Path(__file__).parent / "rtl"
@@ -273,16 +274,12 @@ def _surroundings() -> str:
 
 def _cache_directory() -> Path | None:
     """`synthesis` in the package's cache folder; None where that cannot be written."""
-    chosen = os.environ.get("MIXQ_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(chosen) if chosen else (Path(base) if base else Path.home() / ".cache") / "mixq_compile"
-    directory = home / "synthesis"
+    directory = writable_cache_directory() / "synthesis"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return directory
+        directory.mkdir(exist_ok=True)
     except OSError:
         return None
+    return directory
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

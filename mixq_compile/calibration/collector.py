@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixq_compile.calibration.accumulator import InputAccumulator
+from mixq_compile.calibration.arguments import arguments_of
 from mixq_compile.calibration.collected import checked_kinds
 from mixq_compile.calibration.collecting_memory import check_memory
 from mixq_compile.calibration.linear_statistics import LinearStatistics
@@ -182,16 +183,18 @@ def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
         return value.to(device) if isinstance(value, Tensor) else value
 
     if isinstance(batch, Tensor):
-        model(moved(batch))
+        batch = moved(batch)
     elif isinstance(batch, Mapping):
-        model(**{name: moved(value) for name, value in batch.items()})
+        batch = {name: moved(value) for name, value in batch.items()}
     elif isinstance(batch, (tuple, list)):
-        model(*(moved(value) for value in batch))
+        batch = [moved(value) for value in batch]
     else:
         raise OptionError(
             f"a calibration batch must be a tensor, a mapping or a tuple, not {type(batch).__name__}. "
             "Tokenize text first: tokenizer(text, return_tensors='pt')."
         )
+    args, kwargs = arguments_of(model, batch)
+    model(*args, **kwargs)
 
 
 @contextmanager

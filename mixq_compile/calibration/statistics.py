@@ -62,6 +62,14 @@ class CalibrationStats:
                 "calibrate them in one run, with the same kinds."
             )
 
+    def __repr__(self) -> str:
+        """What they are of, without the tensors."""
+        never = f", {len(self.never_run)} never ran" if self.never_run else ""
+        return (
+            f"<CalibrationStats of {len(self)} linears of {self.model_class} ({self.dtype}): "
+            f"{self.total_rows} rows, {' and '.join(self.kinds)}{never}>"
+        )
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of statistics that were collected of each linear, `channels` first."""

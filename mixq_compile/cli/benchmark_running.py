@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixq_compile.benchmarking.choices import Announce
 from mixq_compile.cli.models import resolve_device
-from mixq_compile.cli.output import console, print_json
+from mixq_compile.cli.output import check_folder, console, print_json
 
 if TYPE_CHECKING:
     from mixq_compile.benchmarking.results import Document
@@ -27,6 +27,8 @@ def run(
     """Measures, then prints the result, or writes it into a folder and says where."""
     import torch
 
+    if output is not None:
+        check_folder("--output", output)
     target = resolve_device(device)
     if target.type == "cuda":
         torch.cuda.set_device(target.index or 0)

@@ -14,7 +14,7 @@ import typer
 
 from mixq_compile.cli.inspection_options import CaptureOptions, InspectedModel, PipelineChoice
 from mixq_compile.cli.options import Json
-from mixq_compile.cli.output import WIDTH, console, print_json
+from mixq_compile.cli.output import WIDTH, check_folder, console, print_json
 from mixq_compile.errors import MixqError, OptionError
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def bisect(
 
     _check_criterion(sqnr, check)
     require_empty(output)
+    check_folder("--output", output)
     options = choice.options()
     captured = capture.capture(model)
     captured.require_weights("to run it")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixq_compile.cli.options import Device, Dtype, Json, ModelArgument, TextFile
-from mixq_compile.cli.output import console, print_json, print_table
+from mixq_compile.cli.output import check_file, console, print_json, print_table
 
 if TYPE_CHECKING:
     from mixq_compile.calibration import CalibrationStats
@@ -52,17 +52,16 @@ def calibrate(
     """
     from mixq_compile.calibration import calibrate as run_calibration
     from mixq_compile.calibration.collected import checked_kinds
-    from mixq_compile.cli.models import load_model
+    from mixq_compile.cli.models import load_model, require_unquantized
     from mixq_compile.cli.texts import batches, read_text, windows
-    from mixq_compile.errors import OptionError
     from mixq_compile.evaluation.scoring import context_length
 
-    if not output.parent.is_dir():
-        raise OptionError(f"--output {output}: there is no folder {output.parent}. Make it first.")
-    kinds = checked_kinds(kind or ("channels",))
+    check_file("--output", output)
+    require_unquantized(model)
+    kinds, sample = checked_kinds(kind or ("channels",)), read_text(text)
     loaded = load_model(model, device, dtype)
     longest = length or min(DEFAULT_LENGTH, context_length(loaded.model) or DEFAULT_LENGTH)
-    ids = windows(loaded.required_tokenizer(), read_text(text), longest, limit)
+    ids = windows(loaded.required_tokenizer(), sample, longest, limit)
     stats = run_calibration(loaded.model, batches(ids, batch), kinds=kinds)
     stats.save(output)
     if json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from mixq_compile.benchmarking.choices import parse_batch
 from mixq_compile.benchmarking.shapes import MODELS
 from mixq_compile.cli.models import BUILDER, LoadedModel, load_model, resolve_device, resolve_dtype
 from mixq_compile.cli.texts import documentation, encode
-from mixq_compile.errors import MixqError, OptionError
+from mixq_compile.errors import CheckpointError, MixqError, OptionError
 
 if TYPE_CHECKING:
     import torch
@@ -140,23 +139,15 @@ def _export(source: str, model: nn.Module, example: Any, *, has_weights: bool) -
 
 
 def _from_file(source: str, path: Path) -> Captured:
-    import torch
+    from mixq_compile.runtime.program_files import load
 
-    from mixq_compile import ops  # noqa: F401  # defines torch.ops.mixq, which the file may call
-
-    with contextlib.suppress(ImportError):
-        # A transformers model's program returns a class of theirs, which they make known to torch.
-        importlib.import_module("transformers.modeling_outputs")
     if not path.is_file():
-        raise OptionError(f"{source} does not exist. An exported program is written by torch.export.save.")
+        raise OptionError(f"{source} does not exist. An exported program is written by mixq_compile.save.")
     begin = time.perf_counter()
     try:
-        program = torch.export.load(path)
-    except Exception as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise OptionError(
-            f"{source} is no exported program that this torch can load: {first_line}"
-        ) from error
+        program = load(path)
+    except CheckpointError as error:
+        raise OptionError(str(error)) from error
     args, kwargs = program.example_inputs or ((), {})
     return Captured(source, program, None, tuple(args), dict(kwargs), time.perf_counter() - begin, True)
 

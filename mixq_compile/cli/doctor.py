@@ -74,7 +74,7 @@ def examine() -> dict[str, Any]:
     """Everything that the doctor shows, as JSON-able data."""
     import torch
 
-    from mixq_compile.kernels.cpu.build import cache_directory
+    from mixq_compile.cache_folder import cache_directory
 
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     kernels = _kernels(sorted({torch.device(name).type for name in devices}))
@@ -148,7 +148,11 @@ def _gpu(index: int) -> dict[str, Any]:
 
 def _inductor_cache() -> Path:
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, ModuleNotFoundError, OSError):  # as torch does it for a user without a name
+        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 
 
 def _backend_entry_point() -> str | None:

@@ -9,8 +9,8 @@ import typer
 
 from mixq_compile.cli.inspecting import Errors, Figures, inspection_of
 from mixq_compile.cli.inspection_options import CaptureOptions, InspectedModel, PipelineChoice
-from mixq_compile.cli.output import console, print_json, print_table, step
-from mixq_compile.errors import OptionError, unknown_name
+from mixq_compile.cli.output import check_file, console, print_json, print_table, step
+from mixq_compile.errors import unknown_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,9 +105,8 @@ def inspect(
 def _check_targets(html: Path | None, json: str | None) -> None:
     """Raises OptionError for files that could not be written, before the model is loaded."""
     for option, target in (("--html", html), ("--json", Path(json) if json not in (None, STDOUT) else None)):
-        if target is not None and (target.is_dir() or not target.resolve().parent.is_dir()):
-            problem = "is a directory" if target.is_dir() else "lies in a directory that does not exist"
-            raise OptionError(f"{option} {target} {problem}: give the name of a file to write.")
+        if target is not None:
+            check_file(option, target)
 
 
 def _pipeline_of(model: str, capture: CaptureOptions, choice: PipelineChoice) -> str:

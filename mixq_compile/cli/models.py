@@ -111,6 +111,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def require_unquantized(source: str) -> None:
+    """Raises OptionError for a directory that `mixq quantize` wrote, before anything of it is loaded."""
+    if (Path(source).expanduser() / MANIFEST).is_file():
+        raise OptionError(
+            f"{source} is quantized already, and this needs the model in 16 or 32 bit: give the directory or "
+            "name that it was made from."
+        )
+
+
 def load_model(source: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """Loads a model and, where there is one, its tokenizer.
 

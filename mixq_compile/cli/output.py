@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mixq_compile.errors import OptionError
 from mixq_compile.json_values import finite
 
 if TYPE_CHECKING:
@@ -105,6 +107,39 @@ def shown(items: Iterable[Item], total: int) -> Iterator[Item]:
             said = now
             left = (now - begin) / count * (total - count)
             target.print(f"{count} of {total}, about {left:.0f} s left", style="dim", markup=False)
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raises OptionError where a file could not be written at the end of the work."""
+    if path.is_dir():
+        raise OptionError(f"{option} {path} is a directory: give the name of a file to write.")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise OptionError(
+            f"{option} {path}: there is no folder {path.parent}: it lies in a directory that does not exist. "
+            "Make it first."
+        )
+    _check_writable(option, path, folder)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OptionError(f"{option} {path}: that file cannot be written. Give another name.")
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raises OptionError where files could not be written into a folder, which may be made still."""
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"{option} {path} is a file: give the name of a folder.")
+    existing = next(each for each in (path.resolve(), *path.resolve().parents) if each.is_dir())
+    _check_writable(option, path, existing)
+
+
+def _check_writable(option: str, path: Path, folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise OptionError(
+            f"{option} {path}: nothing can be written in {folder}: {error.strerror}. Give another place."
+        ) from error
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 import os
 import sys
 import typing
@@ -37,6 +40,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         _quiet_libraries()
+        write_in_any_encoding(sys.stdout, sys.stderr)
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -44,10 +48,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                     given = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(kind)}
                     kwargs[name] = kind(**given)
                 function(*args, **kwargs)
+                sys.stdout.flush()
         except Exception as error:
-            found = cause_of(error)
+            found = cause_of(error) or _file_problem(error)
             if found is None or debug:
                 raise
+            _give_up_stdout()
             typer.echo(f"error: {found}", err=True)
             raise typer.Exit(USAGE if isinstance(found, OptionError) else FAILURE) from error
 
@@ -92,6 +98,44 @@ def cause_of(error: BaseException) -> MixqError | None:
         inner: BaseException | None = getattr(current, "inner_exception", None)
         current = inner or current.__cause__ or current.__context__
     return None
+
+
+def _file_problem(error: BaseException) -> MixqError | None:
+    """What a file that cannot be read or written says; None for any other error."""
+    if not isinstance(error, OSError) or isinstance(error, BrokenPipeError) or error.strerror is None:
+        return None
+    where = error.filename if error.filename is not None else "the output"
+    return MixqError(f"{where}: {error.strerror}. Give a path that can be read and written, with room left.")
+
+
+def _give_up_stdout() -> None:
+    """Lets what cannot be written go: Python would try again when it ends, and fail with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_in_any_encoding(*streams: TextIO) -> None:
+    """Lets streams whose encoding lacks a character write a similar one: `x` for the times sign."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors=SIMILAR)
+
+
+def _similar(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
+SIMILAR = "mixq-similar"
+_PLAIN = {
+    "×": "x", "…": "...", "–": "-", "—": "-", "−": "-", "→": "->", "≤": "<=", "≥": ">=", "≈": "~", "·": "*",
+    "±": "+/-", "²": "^2", "½": "1/2", "“": '"', "”": '"', "’": "'", "✓": "yes", "✗": "no", "°": " deg",
+    "µ": "u", "σ": "sigma", "Σ": "sum", "│": "|", "─": "-", "┼": "+", "├": "+", "└": "+", "█": "#",
+}  # fmt: skip
+codecs.register_error(SIMILAR, _similar)
 
 
 def _quiet_libraries() -> None:

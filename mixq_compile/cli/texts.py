@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixq_compile.errors import OptionError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,8 +20,14 @@ BYTES = 256
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, line ends as they are; bytes that are no UTF-8 become replacement characters."""
-    return path.read_bytes().decode(errors="replace")
+    """The text of a file, line ends as they are; bytes that are no UTF-8 become replacement characters.
+
+    Raises OptionError for a file without text.
+    """
+    text = path.read_bytes().decode(errors="replace")
+    if not text.strip():
+        raise OptionError(f"{path} holds no text: give a file with some of it.")
+    return text
 
 
 def windows(tokenizer: Any, text: str, length: int, limit: int) -> list[list[int]]:

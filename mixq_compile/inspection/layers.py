@@ -6,19 +6,19 @@ import ast
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from mixq_compile.ir.linears import features_of
+from mixq_compile.ir.name_patterns import name_matches
 from mixq_compile.ir.snapshot import NodeRow
 from mixq_compile.ops.linear_recipe import LinearRecipe
 from mixq_compile.ops.traits import traits_of
 from mixq_compile.pipeline.history import History
 from mixq_compile.scheme import QuantScheme, WeightRecipe
 from mixq_compile.schemes.registry import get_scheme, scheme_names
-from mixq_compile.selection.eligibility import name_matches
 from mixq_compile.weights.recipe import packed_bytes
 
 LINEAR = "aten.linear.default"
@@ -107,7 +107,7 @@ def calibrated_columns(history: History) -> dict[str, list[int]]:
 
 
 def matching(fqns: Iterable[str], pattern: str) -> tuple[str, ...]:
-    """The names that a pattern means: the name itself, one of its dotted parts, or a glob."""
+    """The names that a pattern means, as `ir.name_patterns` says."""
     return tuple(fqn for fqn in fqns if name_matches(fqn, pattern))
 
 
@@ -117,13 +117,22 @@ def lies_in(fqn: str, pattern: str) -> bool:
 
 
 def _all_rows(history: History) -> Iterator[NodeRow]:
-    """Every row of every snapshot, later ones last."""
+    """Every row of every snapshot, later ones last, and one for each linear inside of a region."""
     assert history.initial is not None
     yield from history.initial.rows
     for record in history.records:
         if record.diff is not None:
             yield from record.diff.added
-            yield from (new for _, new in record.diff.changed)
+            for _, new in record.diff.changed:
+                yield new
+                yield from _held(new)
+
+
+def _held(row: NodeRow) -> Iterator[NodeRow]:
+    """A row for each linear that a region holds, named by its annotations."""
+    for member in row.annotations.get("members") or ():
+        if member.get("skip") is not None:
+            yield replace(row, fqn=member["fqn"], annotations=member)
 
 
 def _is_linear(row: NodeRow) -> bool:

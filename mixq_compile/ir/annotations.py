@@ -80,7 +80,8 @@ class Annotations:
     rotated = _Field[str]()
     """The rotation of its input, such as `Hadamard of order 4096`."""
     members = _Field[list[dict[str, Any]]]()
-    """Of a product for several linears: the annotations of each, in the order of their rows."""
+    """Of a product for several linears: the annotations of each, in the order of their rows. Of a region that
+    stays: those of each linear inside."""
 
     def __init__(self, node: Node) -> None:
         self._node = node

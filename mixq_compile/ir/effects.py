@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import torch
 from torch.fx import Node
@@ -49,17 +50,50 @@ def is_region(node: Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
+def _is_of_functorch(node: Node) -> bool:
+    return node.op == "call_function" and "functorch" in str(getattr(node.target, "__module__", ""))
+
+
+def _sets_a_mode(node: Node) -> bool:
+    """True for a function, no operator, whose result no capture recorded: it begins or ends something."""
+    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+        return False
+    recorded = [node.meta[key] for key in ("val", "example_value") if key in node.meta]
+    begins_or_ends = str(getattr(node.target, "__module__", "")).startswith("torch")
+    return begins_or_ends and all(value is None for value in recorded)
+
+
+def inside_transforms(nodes: Iterable[Node]) -> frozenset[Node]:
+    """The nodes that run inside a transform of functorch, such as vmap, its begin and end among them.
+
+    Their recorded values lack the dimensions or tangents that the transform adds, and none of them can be
+    evaluated without the calls before it.
+    """
+    depth = 0
+    found = []
+    for node in nodes:
+        name = _name(node) if node.op == "call_function" else ""
+        begins = name.endswith("_increment_nesting") or name == "_enter_dual_level"
+        ends = name.endswith("_decrement_nesting") or name == "_exit_dual_level"
+        depth += begins
+        if depth or _is_of_functorch(node):
+            found.append(node)
+        depth -= ends
+    return frozenset(found)
+
+
 def has_effect(node: Node) -> bool:
     """True for a node that dead-code elimination must keep.
 
-    Beside what torch.fx knows: operators that write an argument (outlier state), and the in-place
-    methods and functions of the torch-level graphs that Dynamo captures.
+    Beside what torch.fx knows: operators that write an argument (outlier state), the in-place methods and
+    functions of the torch-level graphs that Dynamo captures, and the calls that begin and end a transform
+    or a mode.
     """
     if node.op in ("placeholder", "output", "call_module"):
         return True
     if node.op == "get_attr":
         return False
-    if is_in_place(node) or is_region(node):
+    if is_in_place(node) or is_region(node) or _is_of_functorch(node) or _sets_a_mode(node):
         return True
     schema = getattr(node.target, "_schema", None)
     return (schema is not None and bool(schema.is_mutable)) or node.is_impure()

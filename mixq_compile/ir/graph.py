@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from mixq_compile.ir import names
@@ -88,6 +87,16 @@ class CapturedGraph:
         """The same capture over another copy of its graph module."""
         return CapturedGraph(module, self.origin, self._tensors)
 
+    def inner(self, module: GraphModule, given: Mapping[str, Node]) -> CapturedGraph:
+        """The capture of a graph that one of its calls runs; `given` are nodes by that one's placeholders."""
+        made = CapturedGraph(module, self.origin)
+        made._roots = self._roots
+        for name, node in given.items():
+            if (tensor := self.tensor(node)) is not None:
+                made._tensors[name] = tensor
+                made._sources[name] = self._sources.get(node.name) or str(node.target)
+        return made
+
     @property
     def graph(self) -> Graph:
         """The graph itself."""
@@ -140,6 +149,9 @@ class CapturedGraph:
                     if isinstance(leaf, FakeTensor):
                         self._fake_mode = leaf.fake_mode
                         return self._fake_mode
+            # Here, since sympy behind it takes half a second, which listing passes need not wait for.
+            from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
             self._fake_mode = FakeTensorMode(shape_env=ShapeEnv())
         return self._fake_mode
 

@@ -1,4 +1,4 @@
-"""What a linear is in its network, from its name alone."""
+"""What a linear is in its network: from its name, and from its size where the name means two things."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ LM_HEAD, ROUTER, OTHER = "lm_head", "router", "other"
 ROLES = (Q, K, V, QKV, O, GATE, UP, GATE_UP, DOWN, LM_HEAD, ROUTER, OTHER)
 """Every role: attention in and out, the feed-forward's parts, the output head, a router, the rest."""
 
+_ROUTERS = r"router|router\.\w+|shared_expert_gate|gate|wg"
+_HEAD_NAMES = (
+    r"proj_out|output|output_layer|head|mlp_head|classifier|classification_head|score|logits|to_logits"
+)
+_LIKE_A_HEAD = re.compile(rf"(?P<path>.*\.)?({_HEAD_NAMES})(\.(\d+|out_proj|decoder|classifier))?")
+"""Names that a head has, and many a linear inside a block."""
+_INSIDE = re.compile(r"\d+|.*(block|layer|attn|attention|mlp|ffn|feed_forward|expert).*")
+"""Parts of a name that say that a linear is one of a stack, or of a block."""
+
 _ATTENTION = r"(attn|attention|mixer)\w*(\.self|\.output)?"
 _RULES: tuple[tuple[str, str], ...] = (
-    (LM_HEAD, r"(.*\.)?(lm_head|lm_head\.decoder|embed_out|proj_out|predictions\.decoder|vocab_projector)"),
-    (ROUTER, r"(.*\.)?(router|router\.\w+|gate|shared_expert_gate|wg)"),
+    (LM_HEAD, r"(.*\.)?(lm_head|lm_head\.decoder|embed_out|predictions\.decoder|vocab_projector)"),
+    (ROUTER, rf"(.*\.)?({_ROUTERS})"),
     (QKV, r".*\b(qkv|qkv_proj|query_key_value|c_attn|wqkv)"),
     (QKV, rf".*{_ATTENTION}\.in_proj"),
     (Q, r".*\b(q|query|q_proj|q_lin|wq)"),
@@ -32,10 +41,25 @@ _COMPILED = tuple((role, re.compile(pattern)) for role, pattern in _RULES)
 
 
 @functools.lru_cache(maxsize=65536)
-def role_of(fqn: str) -> str:
-    """The role of a linear, such as `down` for `model.layers.3.mlp.down_proj`; `other` if unknown."""
+def role_of(fqn: str, features: tuple[int, int] | None = None) -> str:
+    """The role of a linear, such as `down` for `model.layers.3.mlp.down_proj`; `other` if unknown.
+
+    `features` are its outputs and inputs, where they are known: a `gate` with as many outputs as inputs, or
+    more, belongs to an ordinary feed-forward, because a router has an output for each expert.
+    """
     tail = ".".join(fqn.split(".")[-4:]).lower()
-    for role, pattern in _COMPILED:
-        if pattern.fullmatch(tail):
-            return role
-    return OTHER
+    role = next((role for role, pattern in _COMPILED if pattern.fullmatch(tail)), OTHER)
+    if role == ROUTER and fqn.rpartition(".")[2] in ("gate", "wg"):
+        outputs, inputs = features or (0, 1)
+        return GATE if outputs >= inputs else ROUTER
+    return LM_HEAD if role == OTHER and may_be_head(fqn) else role
+
+
+def may_be_head(fqn: str) -> bool:
+    """True for a name that output heads have, such as `model.output` or `classifier`, outside of any block.
+
+    Whether such a linear makes the model's output is known where its graph is.
+    """
+    match = _LIKE_A_HEAD.fullmatch(fqn.lower())
+    parts = (match["path"] or "").split(".") if match is not None else []
+    return match is not None and not any(_INSIDE.fullmatch(part) for part in parts)

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_flatten
 
-from mixq_compile.ir.effects import is_in_place, is_reshaped_later
+from mixq_compile.ir.effects import inside_transforms, is_in_place, is_reshaped_later
 from mixq_compile.ir.evaluate import UnknownValueError
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.shapes import hint_of
 
-DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+
+@functools.cache
+def _data_dependent() -> tuple[type[Exception], ...]:
+    """What an operator raises whose result depends on data; sympy behind one of them takes long to import."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
 _AUTOCAST_ENTER = torch.amp.autocast_mode._enter_autocast
 _AUTOCAST_EXIT = torch.amp.autocast_mode._exit_autocast
 
@@ -39,12 +46,14 @@ def verify(graph: CapturedGraph, nodes: Iterable[Node] | None = None) -> list[Vi
 
     The structure is always checked in full. Shapes, dtypes and devices are checked by running each
     operator on the recorded values of its inputs, which `Graph.lint` does not do; calls that write
-    their arguments in place, depend on data, or run under autocast are taken as they are.
+    their arguments in place, depend on data, or run under autocast or inside a transform are taken as they
+    are.
     """
     violations = _structure(graph)
     if violations:
         return violations
     chosen = None if nodes is None else set(nodes)
+    transformed = inside_transforms(graph.graph.nodes)
     autocast = 0
     for node in graph.graph.nodes:
         if node.target is _AUTOCAST_ENTER:
@@ -52,7 +61,8 @@ def verify(graph: CapturedGraph, nodes: Iterable[Node] | None = None) -> list[Vi
         elif node.target is _AUTOCAST_EXIT:
             autocast -= 1
         if chosen is None or node in chosen:
-            problems = [_annotations(node), None if autocast else _value(graph, node)]
+            taken = autocast or node in transformed
+            problems = [_annotations(node), None if taken else _value(graph, node)]
             violations += [Violation(node.name, problem) for problem in problems if problem is not None]
     return violations
 
@@ -66,7 +76,7 @@ def _structure(graph: CapturedGraph) -> list[Violation]:
         try:
             graph.graph.lint()
         except (RuntimeError, ValueError, AttributeError) as error:
-            found.append(Violation("", str(error)))
+            found.append(Violation("", shortened(str(error))))
     return found
 
 
@@ -93,16 +103,29 @@ def _value(graph: CapturedGraph, node: Node) -> str | None:
         return None
     try:
         computed = graph.evaluate(node.target, node.args, node.kwargs)
-    except (UnknownValueError, *DATA_DEPENDENT):
+    except UnknownValueError:
         return None
     except Exception as error:
-        if isinstance(error.__cause__, DATA_DEPENDENT):
+        if isinstance(error, _data_dependent()) or isinstance(error.__cause__, _data_dependent()):
             return None
         return f"its operator refuses its inputs: {type(error).__name__}: {_first_line(error)}"
     difference = _difference(recorded, computed)
     if difference is None:
         graph.note_computed(node)
     return difference
+
+
+LINES_SHOWN, COLUMNS_SHOWN = 8, 400
+
+
+def shortened(text: str) -> str:
+    """The beginning of an error's text: torch.fx appends the whole graph to some."""
+    lines = text.partition("\ngraph():")[0].splitlines() or [""]
+    shown = [
+        line if len(line) <= COLUMNS_SHOWN else f"{line[:COLUMNS_SHOWN]}…" for line in lines[:LINES_SHOWN]
+    ]
+    left = len(text.splitlines()) - len(shown)
+    return "\n".join([*shown, f"… and {left} lines more"] if left > 0 else shown)
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mixq_compile.errors import OperandError
 from mixq_compile.ops import operand_checks
 from mixq_compile.ops.activation_codes import code_bits
 from mixq_compile.ops.composition import (
@@ -110,6 +111,25 @@ def _(given: Given) -> Tensor:
     _operands(parsed).examine_named(named)
     _examine_parts(parsed, named)
     return given.x.new_empty((*given.x.shape[:-1], named["weight_codes"].shape[0]))  # type: ignore[no-any-return]
+
+
+@linear.register_vmap
+def _(info: Any, in_dims: Sequence[Any], x: Tensor, *others: Any) -> tuple[Tensor, int]:
+    """The rows of all elements at once: a linear treats each row by itself."""
+    x_dim, *other_dims = in_dims
+    *operands, row_mask, recipe = others
+    *operand_dims, mask_dim, _ = other_dims
+    bias_dim, *list_dims = operand_dims
+    if bias_dim is not None or any(dim is not None for dims in list_dims for dim in dims or ()):
+        raise OperandError(
+            "mixq::linear was called inside torch.vmap over its weights or its outlier state: one quantized "
+            "linear has one of each. Map over its inputs alone, or call the linears one by one."
+        )
+    rows = x.movedim(x_dim, 0) if x_dim is not None else x.expand(info.batch_size, *x.shape)
+    if row_mask is not None:
+        moved = row_mask.movedim(mask_dim, 0) if mask_dim is not None else row_mask
+        row_mask = moved.expand(rows.shape[:-1])
+    return linear(rows, *operands, row_mask, recipe), 0
 
 
 declare(linear, composite=True)

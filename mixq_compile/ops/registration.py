@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mixq_compile.errors import KernelError, MixqError
 
@@ -56,6 +57,11 @@ class Operator:
         torch.library.register_fake(f"mixq::{self._name}", function, lib=_LIBRARY)
         return function
 
+    def register_vmap(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """Registers what `torch.vmap` calls: `rule(info, in_dims, *operands)` gives result and dimension."""
+        torch.library.register_vmap(f"mixq::{self._name}", rule, lib=_LIBRARY)
+        return rule
+
     def _run(self, *arguments: Any) -> Any:
         for place in self._written:
             _count_write(arguments[place])
@@ -69,7 +75,12 @@ class Operator:
         return result
 
     def _without_gradient(self, keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 and _has_tangent(arguments):
+            # Without a rule the tangent would be dropped, which reads as a derivative of zero.
+            raise _no_gradient(self)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            if torch._C._are_functorch_transforms_active():
+                raise _no_gradient(self)
             return _NoGradient.apply(self, keyset, *arguments)  # type: ignore[no-untyped-call]
         return self._below_autograd(keyset, arguments)
 
@@ -88,10 +99,45 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_gradients: Any) -> Any:
+        raise _no_gradient(ctx.operator)
+
+
+def _no_gradient(operator: Operator) -> MixqError:
+    return MixqError(
+        f"mixq::{operator._name} has no gradient: run it under torch.no_grad() or "
+        "torch.inference_mode(), or detach its input."
+    )
+
+
+def _has_tangent(argument: Any) -> bool:
+    if isinstance(argument, Tensor):
+        return forward_ad.unpack_dual(argument).tangent is not None
+    return isinstance(argument, (list, tuple)) and any(_has_tangent(each) for each in argument)
+
+
+class _Ended(torch.autograd.Function):
+    """Passes a result on, and raises where a gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, result: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> Any:
         raise MixqError(
-            f"mixq::{ctx.operator._name} has no gradient: run it under torch.no_grad() or "
-            "torch.inference_mode(), or detach its input."
+            f"the quantized linear {ctx.name!r} has no gradient: its weight is integer codes. Run the model "
+            "under torch.no_grad() or torch.inference_mode(), or train before mixq_compile.quantize."
         )
+
+
+def without_gradient(result: Tensor, name: str) -> Tensor:
+    """The result of the linear of this name, in a graph of autograd that ends here with an error in words."""
+    if result.requires_grad or torch._C._are_functorch_transforms_active():
+        return result
+    anchor = torch.empty(0, dtype=result.dtype, device=result.device, requires_grad=True)
+    ended: Tensor = _Ended.apply(anchor, result, name)  # type: ignore[no-untyped-call]
+    return ended
 
 
 def _count_write(written: Any) -> None:

@@ -12,9 +12,12 @@ from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.captured_calls import captured_argument
-from mixq_compile.ir.effects import is_region
+from mixq_compile.ir.effects import inside_transforms, is_region
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.heads import role_by_place
 from mixq_compile.ir.linear_spellings import CANONICAL, Attribute, SpelledLinear, spelled_linear
+from mixq_compile.ir.linears import features_of
+from mixq_compile.ir.regions import AUTOCAST, held_linears, region_name
 from mixq_compile.ir.roles import OTHER, ROUTER, role_of
 from mixq_compile.pipeline import Decision, Pass, PassContext
 from mixq_compile.selection.eligibility import GROUPED
@@ -22,6 +25,7 @@ from mixq_compile.selection.eligibility import GROUPED
 aten = torch.ops.aten
 UNSUPPORTED = {"grouped_mm": GROUPED}
 MIXED_TYPES = "its input, weight and result differ in dtype, as under autocast: cast the model itself instead"
+TRANSFORMED = "it runs inside a transform such as torch.vmap, for which no quantized operator has a rule"
 
 
 def _parameter_behind(graph: CapturedGraph, node: Any) -> Node | None:
@@ -49,11 +53,12 @@ class CanonicalizeLinear(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each linear, and one for each product that is known but not supported."""
+        transformed = inside_transforms(graph.graph.nodes)
         for node in graph.walk():
-            if Annotations(node).role is not None:
+            if Annotations(node).role is not None or Annotations(node).members is not None:
                 continue
             if is_region(node):
-                yield Decision.skipped(node, f"{node.target}: what is inside is not looked at")
+                yield from self._held(graph, node)
                 continue
             reason = next((text for key, text in UNSUPPORTED.items() if key in str(node.target)), None)
             if reason is not None:
@@ -68,24 +73,52 @@ class CanonicalizeLinear(Pass):
             if found is None:
                 continue
             fqn = graph.fqn(node) or self._parameter_owner(graph, found)
-            if _is_mixed(graph, found):
-                yield Decision.skipped(node, MIXED_TYPES, fqn=fqn)
+            left = TRANSFORMED if node in transformed else MIXED_TYPES if _is_mixed(graph, found) else None
+            if left is not None:
+                yield Decision.skipped(node, left, fqn=fqn)
                 view = Annotations(node)
-                view.fqn, view.role, view.skip = fqn, role_of(fqn), MIXED_TYPES
+                view.fqn, view.role, view.skip = fqn, role_of(fqn), left
                 # The attribute of a module that stays a call has no node that could be named.
                 parameter = found.weight if isinstance(found.weight, Node) else None
                 if parameter is not None and graph.tensor(parameter) is not None:
                     view.readers = [parameter.name]
                 continue
-            # A router multiplies by a parameter of its own; only a linear module's product is a linear.
-            owned = node.op == "call_module" or graph.owner_is_linear(node)
-            role = role_of(fqn) if owned else ROUTER
+            role = self._role(graph, node, found, fqn)
             spelled = getattr(node.target, "__name__", str(node.target))
             yield Decision.applied(node, f"{spelled} is a linear, its role {role}", fqn=fqn)
             is_canonical = node.target is CANONICAL and not node.kwargs
             linear = node if is_canonical else self._rewrite(graph, node, found)
             view = Annotations(linear)
             view.fqn, view.role = fqn, role
+
+    def _held(self, graph: CapturedGraph, region: Node) -> Iterator[Decision]:
+        """One decision for each linear inside of a region, which stays, and a note where it holds none."""
+        held, name = held_linears(graph, region), region_name(region)
+        reason = MIXED_TYPES if name == AUTOCAST else f"it runs inside {name}, whose graph no pass rewrites"
+        for linear in held:
+            yield Decision.skipped(region, reason, fqn=linear.fqn)
+        if not held:
+            yield Decision.noted(region, f"{name} holds no linear")
+        Annotations(region).members = [
+            {
+                "fqn": linear.fqn,
+                "role": role_of(linear.fqn),
+                "skip": reason,
+                "readers": [linear.weight.name] if linear.weight is not None else [],
+            }
+            for linear in held
+        ] or None
+
+    def _role(self, graph: CapturedGraph, node: Node, found: SpelledLinear, fqn: str) -> str:
+        # A router multiplies by a parameter of its own; only a linear module's product is a linear.
+        if node.op != "call_module" and not graph.owner_is_linear(node):
+            return ROUTER
+        weight = found.weight.tensor if isinstance(found.weight, Attribute) else graph.value(found.weight)
+        result = graph.value(found.replaces)
+        if weight is None or result is None:
+            return role_of(fqn)
+        features = features_of(weight.shape, result.shape)
+        return role_by_place(graph, found.replaces, fqn, role_of(fqn, features), features)
 
     def _parameter_owner(self, graph: CapturedGraph, found: SpelledLinear) -> str:
         if isinstance(found.weight, Attribute):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
+from mixq_compile.ir.effects import inside_transforms
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.roles import role_of
 from mixq_compile.ir.shapes import row_count
@@ -23,6 +24,7 @@ from mixq_compile.passes._mixed_linear import MixedLinear, write_weight_only
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 mixq = torch.ops.mixq
+TRANSFORMED = "it runs inside a transform such as torch.vmap, for which only the whole operator has a rule"
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,12 @@ class ExpandLinear(Pass):
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
         """One decision for each `mixq::linear`."""
+        transformed = inside_transforms(graph.graph.nodes)
         for node in graph.walk(mixq.linear.default):
             fqn = graph.fqn(node)
+            if node in transformed:
+                yield Decision.skipped(node, TRANSFORMED, fqn=fqn)
+                continue
             yield Decision.applied(node, "expanded into its parts", fqn=fqn)
             with graph.graph.inserting_before(node):
                 result = self._expand(graph, node, fqn)
@@ -55,7 +61,7 @@ class ExpandLinear(Pass):
         def write(operator: Any, named: Mapping[str, Any]) -> Node:
             made = graph.call(operator, named, like=node)
             view = Annotations(made)
-            view.fqn, view.role = fqn, role_of(fqn)
+            view.fqn, view.role = fqn, role_of(fqn, (out_features, in_features))
             return made
 
         x, in_features = graph.value(given["x"]), graph.value(given["column_slot"]).shape[0]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from mixq_compile.errors import OptionError, ReleasedWeightError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.heads import EMBEDDINGS
+from mixq_compile.ir.name_patterns import names_explicitly, no_match, unmatched
 from mixq_compile.ir.roles import OTHER
 from mixq_compile.ir.shapes import row_count
 from mixq_compile.ops import providers
@@ -25,8 +28,6 @@ from mixq_compile.selection.eligibility import FLOATS, ineligible
 from mixq_compile.selection.gain import LARGE_BATCH, gains_by_merging, no_kernel, not_faster
 from mixq_compile.selection.scheme_rules import SchemeRules
 from mixq_compile.selection.statistics import never_ran
-
-EMBEDDINGS = (nn.functional.embedding, torch.ops.aten.embedding.default)
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class SelectScheme(Pass):
     default: str = "w8a8o16"
     """Scheme of every linear that nothing else decides."""
     ignore: tuple[str, ...] = ("lm_head",)
-    """Names, dotted name parts or glob patterns of linears to leave alone."""
+    """Runs of dotted name parts, globs, or `re:` expressions of linears to leave alone."""
     layers: tuple[str, ...] = ()
-    """`pattern=scheme` for single linears; the first that fits decides."""
+    """`pattern=scheme` for single linears; the first that fits decides, for a head that it names too."""
     threshold: float | str | None = None
     """Magnitude above which a column is kept in 16 bit, or a multiple of its row's mean such as 8x; none: the
     scheme's."""
@@ -105,6 +106,22 @@ class SelectScheme(Pass):
                 continue
             yield Decision.applied(node, f"scheme {scheme.name}", fqn=fqn)
             view.scheme, view.parameters = scheme.name, scheme.to_json()
+        yield from self._unmatched(graph)
+
+    def _unmatched(self, graph: CapturedGraph) -> Iterator[Decision]:
+        """Warns of each pattern of the user's that means no linear, and notes it."""
+        views = [Annotations(node) for node in graph.graph.nodes]
+        held = [member["fqn"] for view in views for member in view.members or ()]
+        fqns = list(dict.fromkeys([*(view.fqn for view in views if view.fqn), *held]))
+        given = {
+            "ignore": [pattern for pattern in self.ignore if pattern not in type(self).ignore],
+            "layers": [entry.rpartition("=")[0] for entry in self.layers],
+        }
+        for option, patterns in given.items():
+            for pattern in unmatched(patterns, fqns) if fqns else ():
+                text = no_match(option, pattern, fqns, "this graph")
+                warnings.warn(text, stacklevel=2)
+                yield Decision(node="", fqn="", verdict="noted", reason=text)
 
     def _ineligible(
         self, graph: CapturedGraph, node: Node, weight: Tensor | None, embedded: Mapping[int, list[str]]
@@ -115,7 +132,11 @@ class SelectScheme(Pass):
             return Obstacle(view.skip)
         if weight is None:
             return Obstacle("its weight is computed, not a parameter", (operand(node, "weight").name,))
-        reason = ineligible(view.fqn or "", view.role or OTHER, weight, self.ignore)
+        fqn = view.fqn or ""
+        # Who names a linear and a scheme for it means it, whatever its name says.
+        named = names_explicitly(fqn, [entry.rpartition("=")[0] for entry in self.layers])
+        role, ignore = (OTHER, ()) if named else (view.role or OTHER, self.ignore)
+        reason = ineligible(fqn, role, weight, ignore)
         if reason is None and id(weight) in embedded:
             return Obstacle("its weight is tied to an embedding", tuple(embedded[id(weight)]))
         x = graph.value(operand(node, "input"))

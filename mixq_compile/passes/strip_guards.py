@@ -10,7 +10,9 @@ import torch
 from torch.fx import Node
 
 from mixq_compile.ir.captured_calls import captured_argument
+from mixq_compile.ir.effects import is_region
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.regions import inline, is_transparent, region_name
 from mixq_compile.pipeline import Decision, Pass, PassContext
 
 DETACHES = (torch.ops.aten.detach.default, torch.Tensor.detach, torch.detach, "detach")
@@ -32,14 +34,24 @@ def _is_idle_dropout(node: Node) -> bool:
     return training is False or (isinstance(probability, (int, float)) and probability == 0)
 
 
+def _transparent_region(graph: CapturedGraph) -> Node | None:
+    return next((node for node in graph.graph.nodes if is_region(node) and is_transparent(graph, node)), None)
+
+
 @dataclass(frozen=True)
 class StripGuards(Pass):
-    """Erases guard calls, metadata assertions, detaches and dropouts of evaluation mode."""
+    """Erases guard calls, metadata assertions, detaches and dropouts of evaluation mode; inlines regions."""
 
     name: ClassVar[str] = "strip-guards"
 
     def run(self, graph: CapturedGraph, context: PassContext) -> Iterator[Decision]:
-        """Erases each of them; readers of a detach or dropout read its input."""
+        """Erases each of them; readers of a detach or dropout read its input.
+
+        A region that only says how gradients are taken or recomputed is replaced by what it computes.
+        """
+        while (region := _transparent_region(graph)) is not None:
+            yield Decision.applied(region, f"{region_name(region)} has no effect at inference: inlined")
+            inline(graph, region)
         for node in list(graph.graph.nodes):
             if node.op == "call_module" and str(node.target).endswith("_guards_fn"):
                 yield Decision.applied(node, "guard call erased")

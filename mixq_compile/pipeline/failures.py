@@ -9,7 +9,7 @@ from torch.fx import Node
 from mixq_compile.errors import PipelineError, VerificationError
 from mixq_compile.ir.graph import CapturedGraph, is_erased
 from mixq_compile.ir.snapshot import row_of
-from mixq_compile.ir.verify import Violation
+from mixq_compile.ir.verify import Violation, shortened
 from mixq_compile.pipeline.history import History, PassRecord
 
 
@@ -44,7 +44,7 @@ def pass_failure(
     lines = [
         f"pass {record.index}, {record.spec}, failed.",
         *describe_node(graph, node),
-        f"  why: {type(cause).__name__}: {cause}",
+        f"  why: {type(cause).__name__}: {shortened(str(cause))}",
         f"  what to do: leave {record.spec} out of the pipeline to go on without it, or find the one rewrite "
         f"with fuel (it failed after {record.count('applied')} of its own); then report it with this text.",
     ]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule
 
+from mixq_compile.errors import MixqError
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline import PassContext
 from mixq_compile.runtime import torch_compat
@@ -39,7 +40,10 @@ def mixq_backend(
     `options` are the fields of MixqOptions. Raises OptionError for a wrong one, and whatever a pass
     raises unless `on_error` is `fallback`.
     """
-    chosen = MixqOptions.from_user(mode, options)
+    try:
+        chosen = MixqOptions.from_user(mode, options)
+    except MixqError as error:
+        raise torch_compat.passed_on(error) from error.__cause__
     if torch_compat.freezing_is_on():
         warnings.warn(
             "torch._inductor.config.freezing bakes packed weights into the compiled code: turn it off.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -83,14 +83,20 @@ def compilations_of(tensors: Iterable[Tensor]) -> list[Compilation]:
     return [compilation for compilation in _COMPILATIONS if reads(compilation)]
 
 
-_SWAPPED: weakref.WeakKeyDictionary[nn.Module, tuple[LinearRecord, ...]] = weakref.WeakKeyDictionary()
+_SWAP = "_mixq_linears"
+"""The attribute of a model that keeps what `quantize` did; copies and pickles of the model have it too."""
 
 
 def remember_swap(model: nn.Module, linears: Iterable[LinearRecord]) -> None:
-    """Keeps what `quantize` did to each linear of a model, for as long as the model lives."""
-    _SWAPPED[model] = tuple(linears)
+    """Keeps what `quantize` did to each linear of a model, with the model."""
+    vars(model)[_SWAP] = tuple(linears)
 
 
 def swapped_linears(model: nn.Module) -> tuple[LinearRecord, ...]:
-    """What `quantize` did to each linear of a model; empty where it was not used."""
-    return _SWAPPED.get(model, ())
+    """What `quantize` did to each linear of a model or of its parts; empty where it was not used."""
+    found: dict[str, LinearRecord] = {}
+    for name, module in model.named_modules():
+        for linear in vars(module).get(_SWAP, ()):
+            fqn = f"{name}.{linear.fqn}" if name else linear.fqn
+            found.setdefault(fqn, linear if not name else replace(linear, fqn=fqn))
+    return tuple(found.values())

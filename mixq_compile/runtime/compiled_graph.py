@@ -21,6 +21,7 @@ from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.state_access import LEARNING, state_access
 from mixq_compile.runtime import torch_compat
 from mixq_compile.runtime.derived_weights import DerivedWeight
+from mixq_compile.runtime.gradient_transforms import enable_gradients_inside_transforms
 from mixq_compile.runtime.joined_calls import join_calls
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.stored_weight import StoredWeight
@@ -98,6 +99,7 @@ class CompiledGraph:
         self._attached = tuple(graph.attached.values())
         module = copy_graph_module(graph.module, unread)
         join_calls(module)
+        enable_gradients_inside_transforms(module)
         torch_compat.register_attribute_sources(module, list(graph.attached))
         with torch.no_grad():
             self._run = _lower(module, [example_inputs[place] for place in self._kept], options)

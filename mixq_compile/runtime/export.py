@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
+from mixq_compile.calibration.arguments import arguments_of
 from mixq_compile.errors import MixqError, OptionError
+from mixq_compile.inspection.layers import layers_of
 from mixq_compile.inspection.shown_history import ShownHistory
 from mixq_compile.ir.graph import CapturedGraph
-from mixq_compile.pipeline import PassContext
+from mixq_compile.pipeline import History, PassContext
+from mixq_compile.runtime.linear_records import is_product
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import default_pipeline, pipeline_for
 from mixq_compile.runtime.weight_store import WeightStore
@@ -28,17 +31,6 @@ def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     return tuple(example), {}
-
-
-def _check_names(model: nn.Module, names: Sequence[str]) -> None:
-    parameters = inspect.signature(model.forward).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for name in names:
-        if name not in parameters:
-            raise OptionError(
-                f"the model's forward takes no argument {name!r}: it has {', '.join(parameters)}."
-            )
 
 
 def capture(
@@ -56,8 +48,7 @@ def capture(
 
     A transformers causal model is best captured with `{"input_ids": …, "use_cache": False}`.
     """
-    args, kwargs = _arguments(example)
-    _check_names(model, list(kwargs))
+    args, kwargs = arguments_of(model, example)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -97,12 +88,30 @@ def compile(
         raise MixqError("the program has no example inputs to export the result with: pass example=.")
     graph = CapturedGraph.from_export(program)
     context = PassContext(stats=chosen.stats, weights=WeightStore())
-    history = pipeline_for(chosen, default_pipeline(graph, ordinary="aot")).run(graph, context)
+    default = default_pipeline(graph, ordinary="aot")
+    # What is made in inference mode cannot be written outside of it, and calls write the outlier states.
+    with torch.inference_mode(False):
+        history = pipeline_for(chosen, default).run(graph, context)
+    if default != "swapped":
+        _warn_if_idle(graph, history)
     with torch.no_grad():
         rewritten = torch.export.export(
             graph.module, args, kwargs, dynamic_shapes=dynamic_shapes_of(program, args, kwargs), strict=False
         )
     return rewritten, ShownHistory.of(history)
+
+
+def _warn_if_idle(graph: CapturedGraph, history: History) -> None:
+    if any(is_product(node) for node in graph.graph.nodes):
+        return
+    left = layers_of(history)
+    reasons = "; ".join(sorted({layer.skip or "" for layer in left}))
+    why = f"none of its {len(left)} linears: {reasons}" if left else "it holds no linear"
+    warnings.warn(
+        f"mixq quantized nothing in the exported program: {why}. The history that mixq_compile.compile "
+        "returns says it by linear; force=True quantizes those that would not be faster.",
+        stacklevel=3,
+    )
 
 
 def dynamic_shapes_of(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.captured_calls import captured_argument
+from mixq_compile.ir.effects import is_region
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.ir.linears import features_of
 from mixq_compile.ir.shapes import hint_of
@@ -25,7 +26,8 @@ from mixq_compile.weights.recipe import outliers_from_codes
 aten, mixq = torch.ops.aten, torch.ops.mixq
 
 
-def _is_product(node: Node) -> bool:
+def is_product(node: Node) -> bool:
+    """True for the call that computes one or several quantized linears."""
     traits = traits_of(node.target)
     return traits is not None and traits.product
 
@@ -82,7 +84,7 @@ def _features(graph: CapturedGraph, node: Node, weight: Tensor | None) -> tuple[
 
 def _members(node: Node) -> list[dict[str, Any]]:
     """The annotations of each linear that a product of quantized ones stands for; empty for other nodes."""
-    if not _is_product(node):
+    if not is_product(node):
         return []
     view = Annotations(node)
     return [member for member in view.members or [view.to_json()] if member.get("readers") is not None]
@@ -97,7 +99,11 @@ def linear_records(graph: CapturedGraph) -> list[LinearRecord]:
         for member in _members(node):
             weight = graph.tensor(nodes[member.get("parameter") or member["readers"][0]])
             found.append(_record(graph, node, member, weight, view.kernel))
-        if node.target is aten.linear.default:
+        if is_region(node):
+            for member in view.members or ():
+                weight = graph.tensor(nodes[member["readers"][0]]) if member["readers"] else None
+                found.append(_record(graph, node, member, weight, None))
+        elif node.target is aten.linear.default:
             weight = graph.tensor(graph.weight_parameter(_weight_of(graph, node)))
             weight = STORE.derived.parameter(weight) if weight is not None else None
             found.append(_record(graph, node, view.to_json(), weight, view.kernel))
@@ -110,7 +116,7 @@ def _record(
     graph: CapturedGraph, node: Node, linear: dict[str, Any], weight: Tensor | None, kernel: str | None
 ) -> LinearRecord:
     """What became of one linear, from its annotations and the node that computes it."""
-    quantized = _is_product(node)
+    quantized = is_product(node)
     features = _features(graph, node, weight)
     quantization = _quantization_of(node) if quantized else None
     state = (

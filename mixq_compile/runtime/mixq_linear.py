@@ -14,6 +14,7 @@ from mixq_compile.ir.nested_rows import map_nested_rows
 from mixq_compile.ir.without_data import has_data
 from mixq_compile.ops.linear_recipe import CACHE_FIELDS, ORIGINAL, LinearRecipe
 from mixq_compile.ops.outlier_state import STATE_FIELDS, OutlierState
+from mixq_compile.ops.registration import without_gradient
 from mixq_compile.ops.weight_codes import aligned
 from mixq_compile.runtime.freed_weight import FreedWeight, freed_error
 from mixq_compile.scheme import QuantScheme
@@ -29,6 +30,14 @@ Whoever loads the state into an ordinary model meets a wrong shape, in place of 
 STAYS_FP32 = ("weight_scale", "column_max", "effective_threshold")
 """What stays fp32 when the module is cast to another dtype."""
 ASSIGNED = "a weight was assigned, which the codes would not follow"
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives the result of a linear; None where it is off or leaves this one alone."""
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class MixqLinear(nn.Module):
@@ -52,7 +61,11 @@ class MixqLinear(nn.Module):
     weight_marker: Tensor
     held = False
     """True while `hold_states` lasts."""
+    was_trainable = False
+    """Whether the weight had a gradient before the swap: a backward pass then says that there is none."""
 
+    # What is made in inference mode cannot be written outside of it, and calls write the outlier state.
+    @torch.inference_mode(False)
     def __init__(
         self,
         in_features: int,
@@ -103,6 +116,7 @@ class MixqLinear(nn.Module):
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @classmethod
+    @torch.inference_mode(False)
     def from_linear(
         cls,
         linear: nn.Module,
@@ -129,6 +143,7 @@ class MixqLinear(nn.Module):
             in_features, out_features, scheme,
             bias=bias is not None, dtype=weight.dtype, device=weight.device, batch_invariant=batch_invariant,
         )  # fmt: skip
+        module.was_trainable = parameter.requires_grad
         made = recipes.make(scheme.recipe, weight, weight.dtype, statistics.tensors if statistics else None)
         for name, tensor in made.named().items():
             module.get_parameter(name).data = tensor
@@ -151,7 +166,7 @@ class MixqLinear(nn.Module):
 
     def keep_original(self, weight: Tensor) -> None:
         """Keeps a 16-bit weight `[N, K]` as the source of outlier columns, also in the module's state."""
-        self.register_buffer("outlier_source", weight)
+        self.register_buffer("outlier_source", weight.clone() if weight.is_inference() else weight)
 
     def outlier_state(self) -> OutlierState:
         """A view of this module's outlier buffers."""
@@ -204,7 +219,15 @@ class MixqLinear(nn.Module):
     def fqn(self, name: str) -> None:
         self._freed_weight.fqn = name
 
+    @torch.inference_mode(False)
     def _align(self) -> None:
+        # Copies, pickles and assigned states that were made in inference mode could not be written.
+        for name, parameter in self._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                self._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                self._buffers[name] = buffer.clone()
         # A copy packs rows densely, where fast kernels want each to begin at a multiple of 16 bytes.
         codes = self.weight_codes.data
         if has_data(codes) and (rows := aligned(codes)) is not codes:
@@ -244,8 +267,9 @@ class MixqLinear(nn.Module):
                 f"{name} was called with x of shape {list(x.shape)}: its last dimension must be "
                 f"{self.in_features}."
             )
-        return ops.linear(  # type: ignore[no-any-return]
-            x=x,
+        autocast = _autocast_dtype(x)
+        result: Tensor = ops.linear(
+            x=x if autocast is None else x.to(self.outlier_weight.dtype),
             bias=self.bias,
             weight=[self._part(name) for name in self._weight_operands],
             state=[getattr(self, name) for name in STATE_FIELDS],
@@ -253,6 +277,11 @@ class MixqLinear(nn.Module):
             row_mask=row_mask,
             recipe=self._recipe_text,
         )
+        if autocast is not None:
+            result = result.to(autocast)
+        if self.was_trainable and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return without_gradient(result, self.fqn)
+        return result
 
     def _part(self, operand: str) -> Tensor:
         """What the operator calls by this name; the kept 16-bit weight has another one here."""
@@ -297,24 +326,25 @@ class MixqLinear(nn.Module):
         super()._load_from_state_dict(  # type: ignore[no-untyped-call]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._align()
         # Whether a state is held is a matter of the moment, here and where the dict was made.
         state = self.outlier_state()
         state.let_go()
         if self.held:
             state.hold()
-        self._align()
         if prefix + TRIPWIRE in unexpected_keys:
             unexpected_keys.remove(prefix + TRIPWIRE)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._align()
         # Of a copy or a pickle: that one made inside `hold_states` has left it.
         if has_data(self.counters):
             self.outlier_state().let_go_if_copied()
             if not self.outlier_state().held:
                 self.held = False
-        self._align()
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixqLinear:
         # A cast of the model's dtype must not touch scales, codes and state: they only change device. Each
         # is replaced once it is right, so that a move that fails midway leaves a module that still is.

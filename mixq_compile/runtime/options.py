@@ -52,9 +52,11 @@ class MixqOptions:
     stats: CalibrationStats | None = None
     """Calibration statistics, or the path of a file of them."""
     ignore: tuple[str, ...] = ("lm_head",)
-    """Names, name parts or glob patterns of linears to leave alone."""
+    """Linears to leave alone: runs of dotted name parts (`mlp.down_proj`), globs (`layers.*.q_proj`), or
+    `re:` and an expression for the whole name."""
     layers: tuple[tuple[str, str], ...] = ()
-    """Schemes of single linears: (pattern, scheme) pairs, or a mapping."""
+    """Schemes of single linears: (pattern, scheme) pairs, or a mapping; wins over `ignore`, and over what
+    makes a linear a head or a router."""
     force: bool = False
     """Quantize every eligible linear, even where it is not faster (for evaluation)."""
     kernel: str = "auto"

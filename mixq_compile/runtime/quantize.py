@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mixq_compile.errors import MixqError, OptionError, ReleasedWeightError
 from mixq_compile.ir.linears import is_conv1d, is_plain_linear
-from mixq_compile.ir.roles import OTHER, role_of
+from mixq_compile.ir.name_patterns import names_explicitly, no_match, unmatched
+from mixq_compile.ir.roles import LM_HEAD, OTHER, role_of
 from mixq_compile.ops import providers
 from mixq_compile.runtime.compilation import LinearRecord, remember_swap, swapped_linears
 from mixq_compile.runtime.mixq_linear import MixqLinear
@@ -110,9 +111,16 @@ def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> I
     rules = SchemeRules(options.scheme, options.layers, options.threshold, options.capacity, options.miss)
     linears = linears_of(model)
     bound = _bound_elsewhere(model, linears.values(), options)
-    schemes = {name: rules.scheme_for(name, role_of(name)) for name in linears}
+    _warn_unmatched([*linears, *(name for name, _ in _expert_weights(model))], options)
+    roles = _roles(model, linears)
+    named = {name for name in linears if names_explicitly(name, [pattern for pattern, _ in options.layers])}
+    schemes = {name: rules.scheme_for(name, role) for name, role in roles.items()}
     decided = {
-        name: (scheme, _why_not(name, linears[name], bound, options, scheme))
+        name: (
+            scheme,
+            _left_by_name(name, linears[name], roles[name], bound, options, name in named)
+            or _why_not(name, linears[name], bound, options, scheme),
+        )
         for name, scheme in schemes.items()
     }
     if options.stats is not None:
@@ -127,7 +135,7 @@ def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> I
             source = swapped.outlier_weight_source
         yield LinearRecord(
             fqn=name,
-            role=role_of(name),
+            role=roles[name],
             out_features=weight.shape[0],
             in_features=weight.shape[1],
             scheme=None if reason else scheme.name,
@@ -148,6 +156,16 @@ def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> I
             outlier_weight_source=None,
             float_bytes=weight.nbytes,
         )
+
+
+def _warn_unmatched(names: Collection[str], options: MixqOptions) -> None:
+    given = {
+        "ignore": [pattern for pattern in options.ignore if pattern not in MixqOptions.ignore],
+        "layers": [pattern for pattern, _ in options.layers],
+    }
+    for option, patterns in given.items():
+        for pattern in unmatched(patterns, names) if names else ():
+            warnings.warn(no_match(option, pattern, names, "the model"), stacklevel=4)
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -186,13 +204,44 @@ def _bound_elsewhere(
     return bound
 
 
+def _roles(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The role of each linear: by its name and size, and a head where the model says so itself.
+
+    A model's own answer is `get_output_embeddings()`. Where it has none, its last linear is a head if it has
+    a row for each entry of the largest embedding.
+    """
+    ask = getattr(model, "get_output_embeddings", None)
+    heads = {id(ask())} if callable(ask) else set()
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    found = {}
+    for name, module in linears.items():
+        features = tuple(_matrix(module).shape)
+        role = role_of(name, features)
+        is_last = name == list(linears)[-1] and features[0] != features[1]
+        by_size = is_last and role == OTHER and features[0] == max(tables, default=None)
+        found[name] = LM_HEAD if id(module) in heads or by_size else role
+    return found
+
+
+def _left_by_name(
+    name: str, module: nn.Module, role: str, bound: Mapping[int, str], options: MixqOptions, named: bool
+) -> str | None:
+    """Why a linear is left alone for its name, role, dtype or size; None where it is not."""
+    weight = _matrix(module)
+    if not weight.numel():
+        return None
+    # Who names a linear and a scheme for it means it, whatever its name says; that a head is tied says more.
+    if named or bound.get(id(module)) == TIED:
+        role = OTHER
+    return ineligible(name, role, weight, () if named else options.ignore)
+
+
 def _why_not(
     name: str, module: nn.Module, bound: Mapping[int, str], options: MixqOptions, scheme: QuantScheme
 ) -> str | None:
     """Why a linear is not swapped; None where it is."""
     weight = _matrix(module)
-    reason = ineligible(name, role_of(name), weight, options.ignore) if weight.numel() else None
-    reason = reason or bound.get(id(module)) or obstacle(module)
+    reason = bound.get(id(module)) or obstacle(module)
     if reason is None and options.stats is not None and options.stats.never_ran(name):
         reason = NEVER_RAN
     reason = reason or never_ran(options.stats, name, scheme)

@@ -59,6 +59,24 @@ def _from_module(record: LinearRecord, module: MixqLinear) -> LinearReport:
     )
 
 
+def _why_empty(model: nn.Module, inner: nn.Module) -> str:
+    """Why nothing was seen of a model, and what to do."""
+    todo = (
+        "run a model compiled with backend='mixq' once first, or swap its linears with "
+        "mixq_compile.quantize(model)."
+    )
+    if model is not inner and hasattr(inner, "generate"):
+        return (
+            "mixq has seen no linear of this model: nothing called it. Its generate() is that of the "
+            "uncompiled model, which runs without mixq: mixq_compile.prepare_for_generation(model, "
+            f"backend='mixq') compiles what generate() runs. Else {todo}"
+        )
+    other = " Only calls of the compiled model itself are compiled, not its other methods." * (
+        model is not inner
+    )
+    return f"mixq has seen no linear of this model: {todo}{other}"
+
+
 def report(model: nn.Module) -> Report:
     """What mixq did to a model: one compiled with `backend="mixq"`, or one that `quantize` swapped.
 
@@ -94,11 +112,7 @@ def report(model: nn.Module) -> Report:
         fallbacks=tuple(compilation.fallback for compilation in compilations if compilation.fallback),
     )
     if not rows:
-        warnings.warn(
-            "mixq has seen no linear of this model: run a model compiled with backend='mixq' once first, or "
-            "swap its linears with mixq_compile.quantize(model).",
-            stacklevel=2,
-        )
+        warnings.warn(_why_empty(model, inner), stacklevel=2)
     elif not made.quantized:
         warnings.warn("none of this model's linears is quantized: the report says why.", stacklevel=2)
     return made

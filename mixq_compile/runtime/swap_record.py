@@ -11,7 +11,7 @@ def swap_record(name: str, module: MixqLinear) -> LinearRecord:
     """The record of one MixqLinear, read from the module itself."""
     return LinearRecord(
         fqn=name,
-        role=role_of(name),
+        role=role_of(name, (module.out_features, module.in_features)),
         out_features=module.out_features,
         in_features=module.in_features,
         scheme=module.scheme.name,

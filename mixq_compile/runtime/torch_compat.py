@@ -15,6 +15,9 @@ from torch.fx import GraphModule, Node
 
 from mixq_compile.version import __version__
 
+SET_GRADIENTS = torch._C._set_grad_enabled
+"""What Dynamo's graphs call where a model turns gradients on or off."""
+
 
 def register_attribute_sources(module: GraphModule, names: Sequence[str]) -> None:
     """Gives attributes that a backend added to Dynamo's graph module a source.
@@ -42,6 +45,25 @@ def copy_node_source(node: Node, copy: Node) -> None:
     source = getattr(node, "_dynamo_source", None)
     if source is not None:
         copy._dynamo_source = source  # type: ignore[attr-defined]
+
+
+def passed_on(error: Exception) -> Exception:
+    """The same error in a class that Dynamo hands on as it is, not within its `BackendCompilerFailed`.
+
+    Its `inner_exception` is the error itself, as that of `BackendCompilerFailed` is.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    def state(self: Exception) -> None:
+        Exception.__init__(self, *error.args)
+        self.first_useful_frame = None  # type: ignore[attr-defined]
+        vars(self).update(vars(error))
+
+    kind = type(error)
+    names = {"__init__": state, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    made: Exception = type(kind.__name__, (kind, ShortenTraceback), names)()
+    made.inner_exception = error  # type: ignore[attr-defined]
+    return made
 
 
 def tracing(fake_mode: Any) -> AbstractContextManager[Any]:

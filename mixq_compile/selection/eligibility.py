@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mixq_compile.ir.name_patterns import name_matches
 from mixq_compile.ir.roles import LM_HEAD, ROUTER
 
 SMALLEST_FEATURES = 16
@@ -18,11 +18,6 @@ NEVER = {
 }
 """Roles that are never quantized, and why."""
 GROUPED = "unsupported: grouped (one product for several experts)"
-
-
-def name_matches(fqn: str, pattern: str) -> bool:
-    """True if the pattern is the name, one of its dotted parts, or a glob that fits it."""
-    return fqn == pattern or pattern in fqn.split(".") or fnmatch.fnmatchcase(fqn, pattern)
 
 
 def ineligible(fqn: str, role: str, weight: Tensor, ignore: Sequence[str]) -> str | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mixq_compile.ir.name_patterns import name_matches
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.schemes.registry import get_scheme
-from mixq_compile.selection.eligibility import name_matches
 from mixq_compile.thresholds import Threshold
 
 

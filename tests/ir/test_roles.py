@@ -61,14 +61,39 @@ NAMES = {
         "bert.encoder.layer.3.output.dense",
         "encoder.block.0.layer.1.DenseReluDense.wo",
     ],
-    "lm_head": ["lm_head", "embed_out", "proj_out", "cls.predictions.decoder", "roberta.lm_head.decoder"],
+    "lm_head": [
+        "lm_head",
+        "embed_out",
+        "proj_out",
+        "cls.predictions.decoder",
+        "roberta.lm_head.decoder",
+        "model.output",
+        "head",
+        "classifier",
+        "score",
+        "heads.head",
+        "classifier.6",
+        "classifier.out_proj",
+        "transformer.output_layer",
+    ],
     "router": [
         "model.layers.0.block_sparse_moe.gate",
         "model.layers.0.mlp.gate",
         "model.layers.0.mlp.router",
         "model.layers.0.mlp.shared_expert_gate",
     ],
-    "other": ["classifier", "pooler.dense", "mamba.in_proj", "0", "1.2", ""],
+    "other": [
+        "pooler.dense",
+        "single_transformer_blocks.7.proj_out",
+        "transformer_blocks.0.attn.output",
+        "mid_block.attentions.0.proj_out",
+        "blocks.3.head",
+        "classifier.dense",
+        "mamba.in_proj",
+        "0",
+        "1.2",
+        "",
+    ],
 }
 
 
@@ -84,3 +109,9 @@ def test_every_role_has_an_example() -> None:
 def test_mixtrals_experts_are_told_from_their_router() -> None:
     expert = "model.layers.0.block_sparse_moe.experts.3"
     assert [role_of(f"{expert}.{name}") for name in ("w1", "w2", "w3")] == ["gate", "down", "up"]
+
+
+@pytest.mark.parametrize(("features", "role"), [((8, 64), "router"), ((256, 64), "gate"), ((64, 64), "gate")])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.gate", "blocks.1.ffn.wg"])
+def test_a_gate_with_an_output_for_each_input_is_no_router(name, features, role) -> None:
+    assert role_of(name, features) == role

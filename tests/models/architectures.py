@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mixq_compile as mixq
 from mixq_compile.evaluation import sqnr
@@ -70,6 +71,103 @@ class Torch:
         layer = nn.TransformerEncoderLayer(width, heads, inner, batch_first=True)
         return nn.TransformerEncoder(layer, layers)
 
+    @staticmethod
+    def flux(width: int, layers: int) -> nn.Module:
+        """FLUX's single blocks, whose `proj_out` joins attention and feed-forward."""
+        return Diffusion(SingleBlock, width, layers)
+
+    @staticmethod
+    def sd3(width: int, layers: int) -> nn.Module:
+        """SD3's joint blocks, with a feed-forward of diffusers."""
+        return Diffusion(JointBlock, width, layers)
+
+    @staticmethod
+    def region(kind: str, width: int) -> nn.Module:
+        """A feed-forward of which a part runs in a region."""
+        return Regional(kind, width)
+
+
+class SingleBlock(nn.Module):
+    """Attention and feed-forward side by side, modulated, behind one projection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 3 * width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.proj_mlp = nn.Linear(width, 2 * width)
+        self.proj_out = nn.Linear(3 * width, width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(nn.functional.silu(time)).unsqueeze(1).chunk(3, -1)
+        normal = self.norm(x) * (1 + scale) + shift
+        attended = _attention(self.to_q(normal), self.to_k(normal), self.to_v(normal))
+        both = torch.cat([attended, nn.functional.gelu(self.proj_mlp(normal))], -1)
+        return x + gate * self.proj_out(both)
+
+
+class JointBlock(nn.Module):
+    """Attention, then a gated feed-forward whose gate is named so."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
+        self.ff = nn.ModuleDict({"gate": nn.Linear(width, 2 * width), "up": nn.Linear(width, 2 * width)})
+        self.proj_out = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        normal = self.norm(x + time.unsqueeze(1))
+        x = x + self.to_out[1](
+            self.to_out[0](_attention(self.to_q(normal), self.to_k(normal), self.to_v(normal)))
+        )
+        return x + self.proj_out(nn.functional.silu(self.ff["gate"](x)) * self.ff["up"](x))
+
+
+class Diffusion(nn.Module):
+    """Patches in, blocks, patches out: the last `proj_out` is the head."""
+
+    def __init__(self, block: Any, width: int, layers: int) -> None:
+        super().__init__()
+        self.x_embedder, self.time_embedder = nn.Linear(32, width), nn.Linear(32, width)
+        self.transformer_blocks = nn.ModuleList(block(width) for _ in range(layers))
+        self.norm_out = nn.LayerNorm(width)
+        self.proj_out = nn.Linear(width, 32)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        x, time = self.x_embedder(hidden_states), self.time_embedder(timestep)
+        for block in self.transformer_blocks:
+            x = block(x, time)
+        return self.proj_out(self.norm_out(x))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int = 4) -> Tensor:
+    q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Regional(nn.Module):
+    """Four linears, the middle two in a region: under no_grad, under autocast, or checkpointed."""
+
+    def __init__(self, kind: str, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.up_proj = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.down_proj, self.last = nn.Linear(2 * width, width), nn.Linear(width, width)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return self.down_proj(torch.relu(self.up_proj(x)))
+
+    def _region(self, x: Tensor) -> Tensor:
+        if self.kind == "checkpoint":
+            return checkpoint(self._inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+        with torch.no_grad() if self.kind == "no_grad" else torch.autocast("cpu", torch.bfloat16):
+            return self._inner(x).float()
+
+    def forward(self, src: Tensor) -> Tensor:
+        return self.last(torch.relu(src + self._region(self.first(src))))  # type: ignore[no-any-return]
+
 
 def _ids(rows: int = 2, length: int = 24, seed: int = 1) -> Tensor:
     return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
@@ -111,6 +209,10 @@ def _sound() -> dict[str, Any]:
     return {"input_values": _random(2, 600)}
 
 
+def _patches() -> dict[str, Any]:
+    return {"hidden_states": _random(2, 16, 32), "timestep": _random(2, 32)}
+
+
 def _vectors() -> dict[str, Any]:
     return {"src": _random(2, 12, 128)}
 
@@ -127,7 +229,6 @@ ONE_OPERATOR = (
     "torch's fast path puts one operator for a whole layer into the graph, and its linears stay in 16 or 32 "
     "bit; torch.backends.mha.set_fastpath_enabled(False) before compiling brings them out"
 )
-SCAN = "the backend does not compile its associative scan yet; after quantize, other backends do"
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -181,17 +282,16 @@ ARCHITECTURES = (
          "conv_dim": (32, 32), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
          "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}, _sound, "last_hidden_state",
     ),
-    Architecture("Mamba", "MambaConfig", "MambaForCausalLM", STATES, _short, without={"backend": SCAN}),
+    Architecture("Mamba", "MambaConfig", "MambaForCausalLM", STATES, _short),
     Architecture(
         "FalconMamba", "FalconMambaConfig", "FalconMambaForCausalLM", STATES, _short,
-        without={"backend": SCAN},
     ),
     Architecture(
         "Jamba", "JambaConfig", "JambaForCausalLM",
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": VOCABULARY, "attn_layer_period": 2, "attn_layer_offset": 1,
          "num_experts": 1, "num_experts_per_tok": 1, "mamba_d_state": 8, "mamba_dt_rank": 16,
-         "pad_token_id": 0}, _short, without={"backend": SCAN},
+         "pad_token_id": 0}, _short,
     ),
     Architecture(
         "DETR", "DetrConfig", "DetrForSegmentation",
@@ -206,6 +306,11 @@ ARCHITECTURES = (
              "image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
              "window_size": 2, "out_features": STAGES})}, _masked_image, "masks_queries_logits",
     ),
+    Architecture("FLUX-like blocks", "", "flux", {"width": 128, "layers": 2}, _patches, ""),
+    Architecture("SD3-like blocks", "", "sd3", {"width": 128, "layers": 2}, _patches, ""),
+    Architecture("a part under no_grad", "", "region", {"kind": "no_grad", "width": 128}, _vectors, ""),
+    Architecture("a part under autocast", "", "region", {"kind": "autocast", "width": 128}, _vectors, ""),
+    Architecture("a part in checkpoint", "", "region", {"kind": "checkpoint", "width": 128}, _vectors, ""),
 )  # fmt: skip
 
 
@@ -253,7 +358,12 @@ def outcome_of(architecture: Architecture, lowering: str = "eager") -> Outcome:
             figures["backend"] = sqnr(reference, _value(architecture, fast(**inputs)))
             reports.append(mixq.report(fast))
         if "export" not in architecture.without:
-            program = mixq.capture(model, inputs)
+            with torch.enable_grad():  # as a user exports, so that regions stand in the program
+                program = (
+                    torch.export.export(model, (), inputs, strict=False)
+                    if not architecture.config
+                    else (mixq.capture(model, inputs))
+                )
             rewritten, _ = mixq.compile(program, "aot", force=True)
             figures["export"] = sqnr(reference, _value(architecture, rewritten.module()(**inputs)))
         swapped = mixq.quantize(copy.deepcopy(model))

@@ -232,11 +232,12 @@ def test_a_linear_called_under_autocast_is_left_alone_too() -> None:
     assert [d.verdict for d in history.decisions("0")] == ["skipped"]
 
 
-def test_a_region_with_a_graph_of_its_own_is_named() -> None:
+def test_a_linear_in_a_region_with_a_graph_of_its_own_is_named() -> None:
     graph = capture(Autocast(), torch.randn(3, 24), route="export")
     history = run(graph, NAMED)
     (decision,) = (d for d in history.decisions() if d.verdict == "skipped")
-    assert decision.reason == "wrap_with_autocast: what is inside is not looked at"
+    assert decision.fqn == "inner"
+    assert "as under autocast: cast the model itself instead" in decision.reason
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from mixq_compile.errors import OptionError, ReleasedWeightError
 from mixq_compile.ir.annotations import Annotations
 from mixq_compile.ir.graph import CapturedGraph
+from mixq_compile.ir.name_patterns import name_matches
 from mixq_compile.ops import providers
 from mixq_compile.ops.providers import KernelQuery, Provider
 from mixq_compile.passes.select_scheme import SelectScheme
 from mixq_compile.pipeline import PassError
 from mixq_compile.runtime.weight_store import WeightStore
 from mixq_compile.scheme import QuantScheme
-from mixq_compile.selection.eligibility import name_matches
 
 
 def select(
@@ -62,7 +62,16 @@ def test_names_parts_of_names_and_globs_are_ignored() -> None:
         ("a.b.c", "a.b.c", True),
         ("a.b.c", "b", True),
         ("a.bb.c", "b", False),
-        ("a.b.c", "a.b", False),
+        ("a.b.c", "a.b", True),
+        ("a.b.c", "b.c", True),
+        ("a.b.c", "a.c", False),
+        ("a.bb.c", "a.b", False),
+        ("model.layers.10.mlp", "layers.1", False),
+        ("model.layers.0.self_attn.q_proj", "layers.*.q_proj", True),
+        ("model.layers.0.self_attn.q_proj", "self_attn.?_proj", True),
+        ("model.layers.0.mlp.down_proj", "re:.*down_proj", True),
+        ("model.layers.0.mlp.down_proj", "re:down_proj", False),
+        ("a.b.c", "", False),
         ("a.b.c", "a.*", True),
         ("a.b.c", "*.[cd]", True),
     ],

@@ -14,6 +14,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixq_compile.cache_folder import CACHE_VARIABLE as CACHE_VARIABLE
+from mixq_compile.cache_folder import cache_directory as cache_directory
+from mixq_compile.cache_folder import cached
+from mixq_compile.cache_folder import writable_cache_directory as _writable_directory
 from mixq_compile.errors import KernelError
 from mixq_compile.kernels.cpu.interface import open_library
 
@@ -27,16 +31,6 @@ FLAGS = (
     "-ffp-contract=off",
 )  # fmt: skip
 NATIVE = "-march=native"
-CACHE_VARIABLE = "MIXQ_CACHE_DIR"
-
-
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: $MIXQ_CACHE_DIR, else mixq_compile in the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mixq_compile"
 
 
 def compiler() -> str:
@@ -71,16 +65,6 @@ def _fingerprint(program: str, flags: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _writable_directory() -> Path:
-    directory = cache_directory()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return directory
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="mixq_compile_"))
-
-
 def compiled_library(architecture: str) -> Path:
     """The path of the compiled kernels, which it compiles where they are not in the cache.
 
@@ -89,8 +73,8 @@ def compiled_library(architecture: str) -> Path:
     program = compiler()
     flags = (*FLAGS, architecture)
     name = f"cpu_kernels_{_fingerprint(program, flags)}.so"
-    if (cache_directory() / name).exists():
-        return cache_directory() / name
+    if cached(name).exists():
+        return cached(name)
     directory = _writable_directory()
     log.info("compiling the CPU kernels into %s (once, some seconds)", directory)
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=directory)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from mixq_compile.cache_folder import cached, writable_cache_directory
 from mixq_compile.errors import KernelError
 from mixq_compile.kernels.tl.plan_recording import note_order, recorded
-from mixq_compile.kernels.tl.speed_table import cache_file
 from mixq_compile.kernels.tl.toolkit import TRITON_PROBLEM, interpreting
 from mixq_compile.ops import providers
 from mixq_compile.ops.state_access import StreamOrder
@@ -75,15 +75,11 @@ def compiled_library() -> Path:
     program = shutil.which(chosen)
     if program is None:
         raise KernelError(f"there is no C++ compiler {chosen!r}: install g++, or name another one in CXX.")
-    folder, name = cache_file("").parent, _name(program)
-    if (folder / name).exists():
-        return folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="mixq_compile_"))
-        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
+    name = _name(program)
+    if cached(name).exists():
+        return cached(name)
+    folder = writable_cache_directory()
+    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     log.info("compiling the launcher of GPU kernels into %s (once, some seconds)", folder)
     outcome = subprocess.run(_command(program, unfinished), capture_output=True, text=True, check=False)

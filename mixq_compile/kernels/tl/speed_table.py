@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from mixq_compile.cache_folder import CACHE_VARIABLE, cache_directory, cached, writable_cache_directory
+
 log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "tables"
-CACHE_VARIABLE = "MIXQ_CACHE_DIR"
 FORMAT = 1
 
 Shape = tuple[int, int, int]
@@ -103,11 +104,8 @@ def shipped(device: str) -> SpeedTable | None:
 
 
 def cache_file(device: str) -> Path:
-    """Where this machine's measurements lie: in $MIXQ_CACHE_DIR, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixq_compile"
-    folder = Path(os.environ.get(CACHE_VARIABLE) or default)
-    versions = f"torch-{_slug(torch.__version__)}"
-    return folder / f"speed-{_slug(device)}-{versions}.json"
+    """Where this machine's measurements lie, or would: in the package's cache folder."""
+    return cached(f"speed-{_slug(device)}-torch-{_slug(torch.__version__)}.json")
 
 
 @functools.cache
@@ -124,9 +122,13 @@ def tuned(device: str) -> SpeedTable:
 
 def save(table: SpeedTable) -> Path:
     """Writes this machine's measurements, all at once; a folder that cannot be written costs a warning."""
-    path = cache_file(table.device)
+    path = writable_cache_directory() / cache_file(table.device).name
+    if path.parent != cache_directory():
+        log.warning(
+            "%s cannot be written: measured speeds are kept in %s. Set %s.",
+            cache_directory(), path.parent, CACHE_VARIABLE,
+        )  # fmt: skip
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
             json.dump(table.to_json(), file, indent=1)
         os.replace(file.name, path)
