@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -94,3 +95,17 @@ def remember_swap(model: nn.Module, linears: Iterable[LinearRecord]) -> None:
 def swapped_linears(model: nn.Module) -> tuple[LinearRecord, ...]:
     """What `quantize` did to each linear of a model; empty where it was not used."""
     return _SWAPPED.get(model, ())
+
+
+_CALIBRATIONS: weakref.WeakKeyDictionary[nn.Module, Mapping[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def remember_calibration(model: nn.Module, facts: Mapping[str, Any] | None) -> None:
+    """Keeps what a model was calibrated with, for as long as the model lives."""
+    if facts:
+        _CALIBRATIONS[model] = dict(facts)
+
+
+def calibration_of(model: nn.Module) -> Mapping[str, Any] | None:
+    """What a model was calibrated with; None where it was not, or nothing is known."""
+    return _CALIBRATIONS.get(model)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixq_compile.calibration.statistics import CalibrationStats
 from mixq_compile.errors import MixqError, OptionError, ReleasedWeightError
 from mixq_compile.ir.linears import is_conv1d, is_plain_linear
 from mixq_compile.ir.roles import OTHER, role_of
 from mixq_compile.ops import providers
-from mixq_compile.runtime.compilation import LinearRecord, remember_swap, swapped_linears
+from mixq_compile.runtime.compilation import (
+    LinearRecord,
+    remember_calibration,
+    remember_swap,
+    swapped_linears,
+)
 from mixq_compile.runtime.mixq_linear import MixqLinear
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.saving_methods import take_over_saving
@@ -37,6 +45,16 @@ ALLOWED = ("batch_invariant", "capacity", "force", "ignore", "layers", "miss", "
 """The options of MixqOptions that a swap takes, beside the scheme."""
 TIED = "its weight is tied to another module's"
 NEVER_RAN = "it never ran during calibration: no batch reached it, or the model reads its weight"
+
+
+def calibration_facts(stats: CalibrationStats) -> dict[str, Any]:
+    """What a directory says of the statistics that its model was quantized with."""
+    return {
+        "statistics_sha256": stats.sha256(),
+        "rows": stats.total_rows,
+        "model_class": stats.model_class,
+        "package_version": stats.package_version,
+    }
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -87,6 +105,8 @@ def quantize(
             "again: load the model again."
         )
     records = list(_swap_all(model, chosen, keep_originals))
+    if chosen.stats is not None:
+        remember_calibration(model, calibration_facts(chosen.stats))
     before = [record for record in swapped_linears(model) if record.scheme is not None]
     remember_swap(model, [*before, *records])
     take_over_saving(model)
@@ -100,35 +120,75 @@ def quantize(
 
 def _swap_all(model: nn.Module, options: MixqOptions, keep_originals: bool) -> Iterator[LinearRecord]:
     """Decides about each linear, swaps those that are quantized, and records all."""
+    for decision in decide(model, options):
+        source = None
+        if decision.skip is None:
+            swapped = swap_linear(model, decision.fqn, decision.scheme, options, keep_originals)
+            source = swapped.outlier_weight_source
+        yield record_of(decision, source)
+    yield from records_of_experts(model)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one linear of a model."""
+
+    fqn: str
+    scheme: QuantScheme
+    skip: str | None
+    """Why it stays as it is; None where it is quantized."""
+    shape: tuple[int, int]
+    """N and K."""
+    float_bytes: int
+    """Bytes of its weight now."""
+    transposed: bool
+    """True for a `Conv1D`, whose weight is [K, N]."""
+
+
+def record_of(decision: Decision, outlier_weight_source: str | None = None) -> LinearRecord:
+    """What reports say of a linear of which this was decided."""
+    return LinearRecord(
+        fqn=decision.fqn,
+        role=role_of(decision.fqn),
+        out_features=decision.shape[0],
+        in_features=decision.shape[1],
+        scheme=None if decision.skip else decision.scheme.name,
+        kernel=None,
+        skip=decision.skip,
+        outlier_weight_source=outlier_weight_source,
+        float_bytes=decision.float_bytes,
+    )
+
+
+def decide(model: nn.Module, options: MixqOptions, device: torch.device | None = None) -> list[Decision]:
+    """What is quantized, and in which scheme; nothing is changed. Weights may be on the meta device.
+
+    `device` is where the model will run, where its weights are not there yet. Raises StatisticsError for
+    statistics of another model.
+    """
     rules = SchemeRules(options.scheme, options.layers, options.threshold, options.capacity, options.miss)
     linears = linears_of(model)
     bound = _bound_elsewhere(model, linears.values(), options)
     schemes = {name: rules.scheme_for(name, role_of(name)) for name in linears}
-    decided = {
-        name: (scheme, _why_not(name, linears[name], bound, options, scheme))
+    reasons = {
+        name: _why_not(name, linears[name], bound, options, scheme, device)
         for name, scheme in schemes.items()
     }
     if options.stats is not None:
         options.stats.check_model(
-            {name: _matrix(linears[name]).shape for name, (_, reason) in decided.items() if reason is None}
+            {name: _matrix(linears[name]).shape for name, reason in reasons.items() if reason is None}
         )
-    for name, (scheme, reason) in decided.items():
-        weight = _matrix(linears[name])
-        source = None
-        if reason is None:
-            swapped = _swap(model, name, scheme, options, keep_originals)
-            source = swapped.outlier_weight_source
-        yield LinearRecord(
-            fqn=name,
-            role=role_of(name),
-            out_features=weight.shape[0],
-            in_features=weight.shape[1],
-            scheme=None if reason else scheme.name,
-            kernel=None,
-            skip=reason,
-            outlier_weight_source=source,
-            float_bytes=weight.nbytes,
-        )
+    found = []
+    for name, linear in linears.items():
+        weight = _matrix(linear)
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        transposed = is_conv1d(linear)
+        found.append(Decision(name, schemes[name], reasons[name], shape, weight.nbytes, transposed))
+    return found
+
+
+def records_of_experts(model: nn.Module) -> Iterator[LinearRecord]:
+    """Records of the weights of several experts in one parameter, which are left alone."""
     for name, weight in _expert_weights(model):
         yield LinearRecord(
             fqn=name,
@@ -180,7 +240,12 @@ def _bound_elsewhere(
 
 
 def _why_not(
-    name: str, module: nn.Module, bound: Mapping[int, str], options: MixqOptions, scheme: QuantScheme
+    name: str,
+    module: nn.Module,
+    bound: Mapping[int, str],
+    options: MixqOptions,
+    scheme: QuantScheme,
+    device: torch.device | None,
 ) -> str | None:
     """Why a linear is not swapped; None where it is."""
     weight = _matrix(module)
@@ -190,8 +255,9 @@ def _why_not(
         reason = NEVER_RAN
     if reason is None:
         out_features, in_features = weight.shape
-        query = providers.linear_query(weight, out_features, in_features, scheme.weight, scheme.activation)
-        reason = no_kernel(weight, out_features, in_features, scheme)
+        like = weight if device is None else torch.empty(0, dtype=weight.dtype, device=device)
+        query = providers.linear_query(like, out_features, in_features, scheme.weight, scheme.activation)
+        reason = no_kernel(like, out_features, in_features, scheme)
         reason = reason or (None if options.force else not_faster(query, [LARGE_BATCH]))
     return reason
 
@@ -200,6 +266,12 @@ def _tied_weights(model: nn.Module) -> set[int]:
     """ids of the parameters that more than one module holds."""
     seen: set[int] = set()
     tied: set[int] = set()
+    # A model that transformers is about to load is not tied yet.
+    names: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in (*names.keys(), *names.values()):
+        owner, _, leaf = name.rpartition(".")
+        with contextlib.suppress(AttributeError):
+            tied.add(id(getattr(model.get_submodule(owner), leaf)))
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
@@ -207,7 +279,7 @@ def _tied_weights(model: nn.Module) -> set[int]:
     return tied
 
 
-def _swap(
+def swap_linear(
     model: nn.Module, name: str, scheme: QuantScheme, options: MixqOptions, keep_original: bool
 ) -> MixqLinear:
     """Puts a MixqLinear in a linear's place, under every name that it has; returns it."""

@@ -10,6 +10,8 @@ from mixq_compile.errors import CheckpointError, OptionError
 from mixq_compile.runtime.checkpoint_saving import save_pretrained
 from mixq_compile.runtime.mixq_linear import MixqLinear
 
+TAKEN = ("max_shard_size",)
+"""Arguments of transformers' save_pretrained that are taken."""
 _AGREEING: dict[str, Any] = {
     "is_main_process": True,
     "push_to_hub": False,
@@ -33,13 +35,18 @@ class SavePretrained:
 
     def __call__(self, save_directory: Any, **options: Any) -> None:
         """Calls `mixq_compile.save_pretrained`. Raises OptionError for an option that it has not."""
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            # transformers writes the adapters alone, which are in 16 bit.
+            type(self.model).save_pretrained(self.model, save_directory, **options)  # type: ignore[attr-defined]
+            return
+        taken = {name: options.pop(name) for name in TAKEN if name in options}
         for name, value in options.items():
             if name not in _AGREEING or value != _AGREEING[name]:
                 raise OptionError(
-                    f"a quantized model's save_pretrained takes no {name}={value!r}: it writes one "
-                    "model.safetensors, mixq.json and config.json, as mixq_compile.save_pretrained does."
+                    f"a quantized model's save_pretrained takes no {name}={value!r}: it writes safetensors "
+                    "files and config.json, as mixq_compile.save_pretrained does. It takes max_shard_size."
                 )
-        save_pretrained(self.model, save_directory)
+        save_pretrained(self.model, save_directory, **taken)
 
 
 class PushToHub:
@@ -50,7 +57,7 @@ class PushToHub:
         raise CheckpointError(
             "a quantized model cannot be pushed to a hub from memory: write it with "
             "mixq_compile.save_pretrained(model, DIR) and upload that directory. Its readers need "
-            "mixq_compile.load_pretrained."
+            "import mixq_compile."
         )
 
 

@@ -107,7 +107,7 @@ def test_originals_keep_the_dtype_that_the_model_has(tmp_path: Path) -> None:
     model = mixq.quantize(tiny_llama().bfloat16(), "w4a8o16", keep_originals=True)
     loaded = _through_a_directory(model, tmp_path)
     assert {module.outlier_source.dtype for module in linears(loaded)} == {torch.bfloat16}
-    assert torch.equal(logits(loaded.float(), ids()), logits(model.float(), ids()))
+    assert torch.equal(logits(loaded.to(torch.float32), ids()), logits(model.float(), ids()))
     assert {module.outlier_source.dtype for module in linears(loaded)} == {torch.float32}
 
 
