@@ -130,6 +130,11 @@ def _prepared(model: Any, quantization: StoredQuantization) -> Iterator[None]:
     from mixq_compile.runtime.transformers_saving import StateWriter
 
     before = {name: model.__dict__.get(name) for name in ("config", "hf_quantizer")}
+    without_generation = model.can_generate() and getattr(model, "generation_config", None) is None
+    if without_generation:
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig()
     configuration = MixqConfig.of(quantization)
     model.config = copy.deepcopy(model.config)
     model.config.quantization_config = configuration
@@ -137,6 +142,8 @@ def _prepared(model: Any, quantization: StoredQuantization) -> Iterator[None]:
     try:
         yield
     finally:
+        if without_generation:
+            model.generation_config = None
         for name, value in before.items():
             if value is None:
                 delattr(model, name)
