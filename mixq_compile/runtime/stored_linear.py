@@ -32,7 +32,8 @@ def describe(module: MixqLinear) -> StoredLinear:
     state = module.outlier_state()
     policy = module.scheme.outliers
     counters = state.counters.tolist()
-    fresh = torch.tensor(state_number(policy.threshold if policy else float("inf")), dtype=torch.float32)
+    number = state_number(policy.threshold if policy else float("inf"))
+    fresh = torch.tensor(number, dtype=torch.float32, device="cpu")
     differs = {name: float(counters[place]) for name, place in _COUNTERS.items()}
     differs["frozen"] = float(counters[FROZEN] & 1)  # holding is of the moment
     threshold = float(state.effective_threshold[0])
