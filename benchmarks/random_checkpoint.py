@@ -1,6 +1,6 @@
 """Writes a checkpoint of random weights in the shape of a Llama, a block at a time, as large as asked for.
 
-python -m benchmarks.random_checkpoint DIR                      # Llama-2-7B: 13.48 GB of bfloat16 in two shards
+python -m benchmarks.random_checkpoint DIR               # Llama-2-7B: 13.48 GB of bfloat16, two shards
 python -m benchmarks.random_checkpoint DIR --layers 2 --shard 0.2
 """
 

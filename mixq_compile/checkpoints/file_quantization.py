@@ -19,8 +19,8 @@ from mixq_compile.kernels.cpu import weight_rounding
 from mixq_compile.weights import recipe as recipes
 from mixq_compile.weights.quantized_weight import QuantizedWeight
 
-BLOCK_ELEMENTS = 4 << 20
-COPY_BYTES = 16 << 20
+BLOCK_ELEMENTS = 2 << 20
+COPY_BYTES = 4 << 20
 ERROR_ROWS = 16
 SYNC_BYTES = 256 << 20
 """After so many bytes what was written goes to disk: else the system keeps all of it for the end."""
@@ -36,6 +36,8 @@ class Writer:
         self.path, self.shard = path, shard
         self.temporary = path.with_name(path.name + UNFINISHED)
         self._since = 0
+        self._syncing: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(1)
         self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             os.posix_fallocate(self.descriptor, 0, shard.nbytes)
@@ -62,13 +64,21 @@ class Writer:
             done += os.pwrite(self.descriptor, view[done:], place + done)
         self._since += done
         if self._since > SYNC_BYTES:
-            os.fdatasync(self.descriptor)
+            self._wait()
+            self._syncing = self._pool.submit(os.fdatasync, self.descriptor)
             self._since = 0
+
+    def _wait(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+            self._syncing = None
 
     def finish(self) -> str:
         """Syncs and renames the file; returns its hash."""
+        self._wait()
+        self._pool.shutdown()
         os.fsync(self.descriptor)
-        os.close(self.descriptor)
+        self._close()
         sha256 = file_hash(self.temporary)
         os.replace(self.temporary, self.path)
         sync_directory(self.path.parent)
@@ -76,16 +86,23 @@ class Writer:
 
     def give_up(self) -> None:
         """Leaves nothing behind."""
-        os.close(self.descriptor)
+        self._pool.shutdown(cancel_futures=True)
+        self._close()
         self.temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
 
 
 class Reader:
-    """Blocks of rows of tensors, the next one read while one is worked on."""
+    """Parts of tensors, the next one read while one is worked on, in two buffers that are used in turn."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._files: dict[Path, int] = {}
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device="cpu") for _ in range(2)]
 
     def close(self) -> None:
         """Closes the files."""
@@ -98,8 +115,8 @@ class Reader:
             self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
 
-    def _read(self, entry: TensorEntry, offset: int, nbytes: int) -> Tensor:
-        flat = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    def _read(self, place: int, entry: TensorEntry, offset: int, nbytes: int) -> Tensor:
+        flat = self._buffers[place % 2][:nbytes]
         descriptor = self._descriptor(entry.path)
         read_at(descriptor, entry.begin + offset, flat, entry.path)
         # It is read once: keeping it would push out of memory what others need.
@@ -107,13 +124,18 @@ class Reader:
         return flat
 
     def parts(self, entry: TensorEntry, ranges: list[tuple[int, int]]) -> Iterator[Tensor]:
-        """Bytes of a tensor, range by range (offset and size)."""
+        """Bytes of a tensor, range by range (offset and size); each is good until the next is asked for."""
+        largest = max((size for _, size in ranges), default=0)
+        for place in range(min(2, len(ranges))):
+            if self._buffers[place].numel() < largest:
+                self._buffers[place] = torch.empty(largest, dtype=torch.uint8, device="cpu")
         pending: Future[Tensor] | None = None
-        for place in range(len(ranges)):
-            current = pending or self._pool.submit(self._read, entry, *ranges[place])
-            following = place + 1 < len(ranges)
+        for place, part in enumerate(ranges):
+            current = pending or self._pool.submit(self._read, place, entry, *part)
             data = current.result()
-            pending = self._pool.submit(self._read, entry, *ranges[place + 1]) if following else None
+            pending = None
+            if place + 1 < len(ranges):
+                pending = self._pool.submit(self._read, place + 1, entry, *ranges[place + 1])
             yield data
 
 
@@ -162,8 +184,7 @@ def _write_shard(
                 _quantize(step, reader, writer, device, progress)
         sha256 = writer.finish()
     except BaseException:
-        if writer.temporary.exists():
-            writer.give_up()
+        writer.give_up()
         raise
     journal.add(path, sha256)
 
