@@ -18,7 +18,7 @@ from mixq_compile.checkpoints import directory as directories
 from mixq_compile.checkpoints.model_card import MARK, model_card
 from mixq_compile.checkpoints.schema import StoredQuantization
 from mixq_compile.errors import CheckpointError
-from mixq_compile.runtime.stored_model import mixq_linears, quantization_of, with_files
+from mixq_compile.runtime.stored_model import is_pretrained, mixq_linears, quantization_of, with_files
 
 OLD_MANIFEST = "mixq.json"
 SHARD_SIZE = "5GB"
@@ -52,17 +52,15 @@ def save_pretrained(
             "model.save_pretrained for a 16-bit model."
         )
     target = Path(directory)
-    if type(model).__module__.partition(".")[0] == "sentence_transformers":
+    if any(base.__name__ == "SentenceTransformer" for base in type(model).__mro__):
         model.save_pretrained(str(target))  # type: ignore[operator]
         return target
-    config = getattr(model, "config", None)
-    if (
-        config is None
-        or not hasattr(config, "save_pretrained")
-        or not hasattr(type(model), "save_pretrained")
-    ):
+    if not is_pretrained(model):
+        inner = [name for name, module in model.named_modules() if name and is_pretrained(module)]
+        hint = f" Save its part {inner[0]!r} by itself, or" if inner else " Instead,"
         raise CheckpointError(
-            f"a {type(model).__name__} has no transformers config: save its state_dict() with torch.save."
+            f"a {type(model).__name__} is no transformers model with a config, so nothing would build it "
+            f"again.{hint} save its state_dict() with torch.save."
         )
     existed = target.is_dir()
     try:

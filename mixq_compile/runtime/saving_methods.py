@@ -9,6 +9,7 @@ from torch import nn
 from mixq_compile.errors import CheckpointError, OptionError
 from mixq_compile.runtime.checkpoint_saving import save_pretrained
 from mixq_compile.runtime.mixq_linear import MixqLinear
+from mixq_compile.runtime.stored_model import is_pretrained
 
 TAKEN = ("max_shard_size",)
 """Arguments of transformers' save_pretrained that are taken."""
@@ -64,11 +65,6 @@ class PushToHub:
 def take_over_saving(model: nn.Module) -> None:
     """Makes `save_pretrained` of transformers models with a MixqLinear write a quantized directory."""
     for module in model.modules():
-        is_transformers = hasattr(getattr(module, "config", None), "save_pretrained")
-        if (
-            is_transformers
-            and hasattr(type(module), "save_pretrained")
-            and any(isinstance(part, MixqLinear) for part in module.modules())
-        ):
+        if is_pretrained(module) and any(isinstance(part, MixqLinear) for part in module.modules()):
             module.__dict__["save_pretrained"] = SavePretrained(module)
             module.__dict__["push_to_hub"] = PushToHub()

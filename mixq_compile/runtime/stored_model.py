@@ -18,6 +18,11 @@ def plain(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def is_pretrained(module: nn.Module) -> bool:
+    """True for transformers' own models: others may have methods of the same names."""
+    return any(base.__name__ == "PreTrainedModel" for base in type(module).__mro__)
+
+
 def mixq_linears(model: nn.Module) -> dict[str, MixqLinear]:
     """The quantized linears of a model, under every name that they have."""
     return {

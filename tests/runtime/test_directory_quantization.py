@@ -330,13 +330,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), CheckpointError, r"config\.json cannot be read"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), CheckpointError, "holds neither"),
     "cut": (_data(lambda data: data[:-5]), CheckpointError, "its tensors end at byte"),
-    "header beyond the file": (_data(lambda data: b"\xff" * 8 + data[8:]), CheckpointError, "its header would have"),
+    "header beyond the file": (
+        _data(lambda data: b"\xff" * 8 + data[8:]), CheckpointError, "its header would have",
+    ),
     "a weight is missing": (
         _without("model.layers.1.mlp.up_proj.weight"), CheckpointError,
         r"hold no weight of 'model\.layers\.1\.mlp\.up_proj'",
     ),
     "another width": (_config(intermediate_size=96), CheckpointError, "has shape .* of different models"),
-    "unknown architecture": (_config(architectures=["NoSuch"]), OptionError, "is a NoSuch, which this transformers"),
+    "unknown architecture": (_config(architectures=["NoSuch"]), OptionError, "is a NoSuch, which this"),
     "quantized already": (
         _config(quantization_config={"quant_method": "gptq"}), OptionError, r"is quantized already \(gptq\)",
     ),
