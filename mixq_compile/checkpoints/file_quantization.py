@@ -151,21 +151,38 @@ def write_shards(
     """Writes the files that the journal does not have yet. Raises CheckpointError where one cannot be."""
     for leftover in directory.glob(f"*{UNFINISHED}"):
         leftover.unlink()
-    reader = Reader()
+    reader, finishing = Reader(), ThreadPoolExecutor(1)
+    pending: Future[None] | None = None
     try:
         for shard in planned:
             path = directory / shard.name
             if journal.is_whole(path) and not (verify and _differs(path, journal)):
                 progress(shard.source_bytes, "", None)
                 continue
-            _write_shard(shard, path, reader, device, progress, journal)
+            writer = _write_shard(shard, path, reader, device, progress)
+            if pending is not None:
+                pending.result()
+            # Syncing and hashing one file goes on while the next one is written.
+            pending = finishing.submit(_finish, writer, journal)
+        if pending is not None:
+            pending.result()
     except OSError as error:
         raise CheckpointError(
             f"{directory} cannot be written ({error.strerror or error}): see to disk space and rights, and "
             "give the same command again to go on."
         ) from error
     finally:
+        finishing.shutdown()
         reader.close()
+
+
+def _finish(writer: Writer, journal: Journal) -> None:
+    try:
+        sha256 = writer.finish()
+    except BaseException:
+        writer.give_up()
+        raise
+    journal.add(writer.path, sha256)
 
 
 def _differs(path: Path, journal: Journal) -> bool:
@@ -173,8 +190,8 @@ def _differs(path: Path, journal: Journal) -> bool:
 
 
 def _write_shard(
-    shard: Shard, path: Path, reader: Reader, device: torch.device, progress: Progress, journal: Journal
-) -> None:
+    shard: Shard, path: Path, reader: Reader, device: torch.device, progress: Progress
+) -> Writer:
     writer = Writer(path, shard)
     try:
         for step in shard.steps:
@@ -182,11 +199,10 @@ def _write_shard(
                 _copy(step, reader, writer, progress)
             else:
                 _quantize(step, reader, writer, device, progress)
-        sha256 = writer.finish()
     except BaseException:
         writer.give_up()
         raise
-    journal.add(path, sha256)
+    return writer
 
 
 def _copy(step: Step, reader: Reader, writer: Writer, progress: Progress) -> None:

@@ -26,10 +26,11 @@ def _available() -> bool:
     return reason_unavailable() is None
 
 
-def round_rows(rows: Tensor, recipe: WeightRecipe) -> tuple[Tensor, Tensor] | None:
+def round_rows(rows: Tensor, recipe: WeightRecipe, threads: int = 1) -> tuple[Tensor, Tensor] | None:
     """Codes `[N, ceil(K * bits / 8)]`, without padding, and scales `[N]` of contiguous rows `[N, K]`.
 
-    None where a value is not finite: only the specification says what becomes of it.
+    One thread by default: beside reading and writing, more would wait for each other. None where a value is
+    not finite: only the specification says what becomes of it.
     """
     count, columns = rows.shape
     width = math.ceil(columns * recipe.format.bits / 8)
@@ -37,6 +38,6 @@ def round_rows(rows: Tensor, recipe: WeightRecipe) -> tuple[Tensor, Tensor] | No
     scale = torch.empty(count, dtype=torch.float32, device=CPU)
     arguments = WeightRoundingArguments(
         rows.data_ptr(), codes.data_ptr(), scale.data_ptr(), count, columns, rows.stride(0), width,
-        type_number(rows.dtype), recipe.format.bits, torch.get_num_threads(),
+        type_number(rows.dtype), recipe.format.bits, threads,
     )  # fmt: skip
     return None if library().mixq_round_weight(byref(arguments)) else (codes, scale)
