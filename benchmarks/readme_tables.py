@@ -255,6 +255,20 @@ def architectures() -> str:
     return "\n\n".join([_markdown(header, rows), *notes])
 
 
+def checkpoint_architectures() -> str:
+    """What quantizing directories of tiny configurations gives."""
+    rows = [
+        [
+            row["architecture"], str(row["by_module"]), str(row["by_file"]),
+            "; ".join(f"{count} × {reason}" for reason, count in row["left_alone"].items()) or "–",
+            f"{row['sqnr']:.1f}", row["differs"] or "equal bits", f"{row['generated']} tokens",
+        ]
+        for row in _load("checkpoint_architectures")["rows"]
+    ]  # fmt: skip
+    header = ["architecture", "by module", "by file", "left alone", "SQNR", "routes", "generate"]
+    return _markdown(header, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "demo": ("README.md", demo),
     "linear": ("README.md", linear),
@@ -268,6 +282,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "area-validation": ("docs/area.md", area_tables.validation),
     "perplexity": ("README.md", perplexity),
     "architectures": ("docs/models.md", architectures),
+    "checkpoint-architectures": ("docs/checkpoints.md", checkpoint_architectures),
 }
 
 

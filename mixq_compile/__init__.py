@@ -1,7 +1,8 @@
 """mixq_compile: a torch.compile backend and pass framework for outlier-aware mixed-precision inference.
 
 `torch.compile(model, backend="mixq")` needs no import of this package. Its functions are imported
-when they are first used, so that `import mixq_compile` loads neither torch, triton nor transformers.
+when they are first used, so that `import mixq_compile` loads neither torch, triton nor transformers. It makes
+transformers read quantized directories, once that is imported.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mixq_compile.transformers_plugin import install as _install
 from mixq_compile.version import __version__
 
 _HOME = {
     "CalibrationStats": "mixq_compile.calibration",
+    "MixqConfig": "mixq_compile.runtime.transformers_config",
     "MixqLinear": "mixq_compile.runtime.mixq_linear",
     "MixqOptions": "mixq_compile.runtime.options",
     "calibrate": "mixq_compile.calibration",
@@ -34,6 +37,7 @@ _HOME = {
 
 __all__ = [
     "CalibrationStats",
+    "MixqConfig",
     "MixqLinear",
     "MixqOptions",
     "__version__",
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
     from mixq_compile.runtime.program_files import load, save
     from mixq_compile.runtime.quantize import quantize
     from mixq_compile.runtime.report import report
+    from mixq_compile.runtime.transformers_config import MixqConfig
 
 
 def __getattr__(name: str) -> Any:
@@ -78,3 +83,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+_install()

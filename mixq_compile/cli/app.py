@@ -17,6 +17,7 @@ from mixq_compile.cli.diff import diff
 from mixq_compile.cli.doctor import doctor
 from mixq_compile.cli.eval import evaluate
 from mixq_compile.cli.explain import explain
+from mixq_compile.cli.generate import generate
 from mixq_compile.cli.inspect import inspect as inspect_command
 from mixq_compile.cli.layers import layers
 from mixq_compile.cli.passes import passes
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "quantize": quantize,
     "eval": evaluate,
+    "generate": generate,
     "tune": tune,
     "inspect": inspect_command,
     "layers": layers,

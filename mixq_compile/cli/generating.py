@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixq_compile.benchmarking.shapes import MODELS, find_model
-from mixq_compile.cli.models import BUILDER, MANIFEST, load_model
+from mixq_compile.cli.models import BUILDER, is_quantized, load_model
 from mixq_compile.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def loader(options: GenerateOptions, device: torch.device, dtype: torch.dtype) -
     folder = Path(source).expanduser()
     if not folder.exists() and not BUILDER.fullmatch(source) and "/" not in source:
         raise unknown_name("model (and there is no such directory)", source, MODELS)
-    if (folder / MANIFEST).is_file():
+    if is_quantized(folder):
         raise OptionError(
             f"{source} is quantized: give the directory of the model in 16 bit, which is measured beside "
             "its schemes."

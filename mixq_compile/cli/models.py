@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import sys
@@ -75,6 +76,17 @@ class LoadedModel:
             )
 
 
+def is_quantized(folder: Path) -> bool:
+    """True for a directory that `mixq quantize` or `save_pretrained` wrote, in any release."""
+    if (folder / MANIFEST).is_file():
+        return True
+    try:
+        entry = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        return bool(entry["quant_method"] == "mixq")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of this name; `auto` is the GPU where there is one.
 
@@ -135,7 +147,7 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> Loaded
     if BUILDER.fullmatch(source) and not folder.exists():
         return _build(source, target, kind)
     _require_transformers(source)
-    if (folder / MANIFEST).is_file():
+    if is_quantized(folder):
         if dtype != "auto":
             raise OptionError(
                 f"{source} is quantized and keeps the dtype it was quantized in: leave out --dtype."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
     from mixq_compile.runtime.report_tables import Report
 
 
+@dataclass(frozen=True)
+class ByFile:
+    """How a directory is quantized from file to file."""
+
+    overwrite: bool
+    dry_run: bool
+    verify: bool
+    shard_bytes: int
+    json: bool
+
+
 def quantize(
     model: ModelArgument,
     output: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
@@ -47,25 +59,47 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write into a directory with files in it.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be quantized, its size and time; write nothing.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the hashes of files that are written already.")
+    ] = False,
+    shard_size: Annotated[
+        float, typer.Option(min=0.001, metavar="GB", help="Most bytes of one file of the result.")
+    ] = 2.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:
     """Replace a model's linears by quantized ones and write the result to a directory.
 
-    The directory holds the codes instead of the weights, and the tokenizer. Load it with
-    mixq_compile.load_pretrained(DIR), or give it to `mixq eval`. Columns that stay in 16 bit are found
-    while running, and those of --stats are there from the start. Schemes with 4-bit weights need
-    --stats, and keep to its columns (--miss static).
+    The directory holds the codes instead of the weights, and the tokenizer. After import mixq_compile,
+    transformers' from_pretrained(DIR) loads it; `mixq eval` and `mixq generate` take it too. Columns that
+    stay in 16 bit are found while running, and those of --stats are there from the start. Schemes with
+    4-bit weights need --stats, and keep to its columns (--miss static).
+
+    A directory with safetensors files is quantized from file to file, in its own dtype: memory does not
+    follow the model's size, and the same command goes on where one was stopped. Other models, and those
+    with --dtype, are loaded first.
 
     Example: [bold]mixq quantize MODEL --output quantized --scheme w8a8o16[/bold]
     """
-    from mixq_compile.cli.models import load_model
+    from mixq_compile.cli.models import is_quantized, load_model
     from mixq_compile.runtime.checkpoint_saving import save_pretrained
     from mixq_compile.runtime.quantize import quantize as swap
     from mixq_compile.runtime.report import report as report_on
 
-    _check_output(model, output, overwrite)
+    folder = Path(model).expanduser()
+    by_file = dtype == "auto" and _has_safetensors(folder)
+    if is_quantized(folder):
+        raise OptionError(f"{model} is quantized already: give the directory of the original model.")
+    if not by_file and (dry_run or verify):
+        raise OptionError(
+            "--dry-run and --verify are for a directory with safetensors files, quantized in its own dtype: "
+            f"{model} is loaded first."
+        )
+    _check_output(model, output, overwrite, by_file and (dry_run or verify or _goes_on(output)))
     layers = _layers(layer or [])
     if any(_needs_statistics(name) for name in (scheme, *layers.values())):
         if stats is None:
@@ -75,9 +109,6 @@ def quantize(
                 "give --stats stats.safetensors."
             )
         miss = miss or "static"
-    loaded = load_model(model, device, dtype)
-    if loaded.quantized:
-        raise OptionError(f"{model} is quantized already: give the directory of the original model.")
     options: dict[str, Any] = {
         "stats": stats,
         "threshold": threshold,
@@ -86,12 +117,19 @@ def quantize(
         "layers": layers,
         "ignore": tuple(ignore) if ignore else ("lm_head",),
     }
+    if by_file:
+        from mixq_compile.cli.directory_quantization import quantize_by_file
+
+        run = ByFile(overwrite, dry_run, verify, int(shard_size * 1e9), json)
+        quantize_by_file(folder, output, {"scheme": scheme, **options}, device, run)
+        return
+    loaded = load_model(model, device, dtype)
     before = model_bytes(loaded.model)
     swap(loaded.model, scheme, **options)
     report = report_on(loaded.model)
     if not report.quantized:
         raise MixqError(f"none of the linears of {model} can be quantized, so nothing was written.")
-    save_pretrained(loaded.model, output)
+    save_pretrained(loaded.model, output, max_shard_size=int(shard_size * 1e9))
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(output)
     after = model_bytes(loaded.model)
@@ -102,12 +140,24 @@ def quantize(
         _print(report, before, after, output, has_tokenizer=loaded.tokenizer is not None)
 
 
-def _check_output(model: str, output: Path, overwrite: bool) -> None:
+def _has_safetensors(folder: Path) -> bool:
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in names)
+
+
+def _goes_on(output: Path) -> bool:
+    """True for a directory that an earlier run did not finish."""
+    from mixq_compile.runtime.directory_quantization import is_unfinished
+
+    return output.is_dir() and is_unfinished(output)
+
+
+def _check_output(model: str, output: Path, overwrite: bool, may_have_files: bool) -> None:
     if output.exists() and not output.is_dir():
         raise OptionError(f"--output {output} is a file: give a directory.")
     if output.is_dir() and Path(model).is_dir() and output.samefile(model):
         raise OptionError(f"--output {output} is the model's own directory, whose weights it would replace.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+    if output.is_dir() and any(output.iterdir()) and not (overwrite or may_have_files):
         raise OptionError(f"--output {output} has files in it: give another directory, or --overwrite.")
 
 
@@ -154,6 +204,7 @@ def _print(report: Report, before: int, after: int, output: Path, *, has_tokeniz
         f"written to {output}" + ("" if has_tokenizer else " (the model has no tokenizer)"), markup=False
     )
     target.print(
-        f'load it: mixq_compile.load_pretrained("{output}")   measure it: mixq eval {output} --text FILE',
+        f'load it: import mixq_compile; AutoModel….from_pretrained("{output}")   measure '
+        f"it: mixq eval {output} --text FILE",
         markup=False,
     )

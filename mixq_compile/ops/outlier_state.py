@@ -105,6 +105,11 @@ class OutlierState:
         self._write(self.calibrated)
         self.counters[FROZEN] = kept
 
+    def renew(self, entries: Sequence[tuple[int, float]]) -> None:
+        """Writes everything anew: these columns with their maxima, slot by slot, and nothing turned away."""
+        self._clear()
+        self._write(entries)
+
     def _clear(self) -> None:
         self.index.zero_()
         self.column_slot.fill_(-1)

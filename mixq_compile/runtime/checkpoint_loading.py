@@ -1,102 +1,117 @@
-"""Reading the directories that `checkpoint_saving` writes, and those of the first schema."""
+"""`mixq.load_pretrained`: transformers' `from_pretrained`, with the checks that it leaves out."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mixq_compile.checkpoints import directory as directories
+from mixq_compile.checkpoints.schema import StoredQuantization
 from mixq_compile.errors import CheckpointError
-from mixq_compile.runtime.checkpoint_format import (
-    CONFIG,
-    GENERATION,
-    MANIFEST,
-    TENSORS,
-    corrupt,
-    empty_linear,
-    read_manifest,
-    record_left_alone,
-)
-from mixq_compile.runtime.compilation import remember_swap
-from mixq_compile.runtime.saving_methods import take_over_saving
-from mixq_compile.runtime.swap_record import swap_record
+from mixq_compile.runtime.old_directories import MANIFEST, load_old
+from mixq_compile.runtime.transformers_registration import register
 
 
-def _empty_model(source: Path, manifest: dict[str, Any]) -> nn.Module:
-    """The model of a directory's config, in the manifest's dtype."""
-    import transformers
+def load_pretrained(
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    dtype: str | torch.dtype = "auto",
+    verify: bool = False,
+) -> nn.Module:
+    """Loads a quantized directory; the model is in evaluation mode.
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise corrupt(source / CONFIG, error) from error
-    # It tells other readers what to do; the model's own config has none, as before saving.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    architecture = getattr(transformers, manifest["architecture"], None)
-    if architecture is None:
-        raise CheckpointError(f"this transformers has no {manifest['architecture']!r}: install a newer one.")
-    model: nn.Module = architecture._from_config(config, dtype=getattr(torch, manifest["dtype"]))
-    if (source / GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(source)  # type: ignore[assignment]
-    return model
-
-
-def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """Loads a directory that `save_pretrained` wrote; the model is in evaluation mode.
+    Args:
+        directory: what `save_pretrained` or `mixq quantize` wrote.
+        device: where the model goes.
+        dtype: of everything that is no code, scale or state; "auto": as it was written.
+        verify: reads every file once more, and compares its hash with the one that was written.
 
     Raises CheckpointError where a file is missing, corrupt, or does not fit the others.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     source = Path(directory)
-    manifest = read_manifest(source)
-    records = []
+    if (source / MANIFEST).is_file() and not _is_new(source):
+        warnings.warn(
+            f"{source} was written by an older release (it has a {MANIFEST}): write it again with "
+            "mixq_compile.save_pretrained, so that transformers reads it too.",
+            stacklevel=2,
+        )
+        return load_old(source, device)
+    config, _ = checked(source, verify=verify)
+    import transformers
+
+    names = config.get("architectures") or [None]
+    architecture = getattr(transformers, str(names[0]), None)
+    if architecture is None or not hasattr(architecture, "from_pretrained"):
+        raise CheckpointError(
+            f"this transformers ({transformers.__version__}) has no {names[0]!r}, which {source} was written "
+            "from: install a newer one."
+        )
+    register()
     try:
-        model = _empty_model(source, manifest)
-        for name, entry in manifest["linears"].items():
-            module = empty_linear(entry)
-            module.fqn = name
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module)
-            records.append(swap_record(name, module))
-        records += [record_left_alone(name, entry) for name, entry in manifest.get("left_alone", {}).items()]
-        for name, dtype in manifest["computed"].items():
-            parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, leaf, getattr(owner, leaf).to(getattr(torch, dtype)))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise corrupt(source / MANIFEST, error) from error
+        model: nn.Module = architecture.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise CheckpointError(
+            f"{source} cannot be loaded ({type(error).__name__}: {reason}): its config.json or weights are "
+            "corrupt. Quantize the model again."
+        ) from error
+    return model.to(device)
+
+
+def checked(source: Path, *, verify: bool = False) -> tuple[dict[str, Any], StoredQuantization]:
+    """The config of a quantized directory, and its quantization, after its files were looked at.
+
+    Raises CheckpointError where they are not what was written; with `verify`, in any byte.
+    """
+    path = source / directories.CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{source} holds no {directories.CONFIG}: it is no quantized directory, or one whose writing was "
+            "interrupted. Quantize the model first (mixq quantize MODEL --output DIR); the same command goes "
+            "on where it stopped."
+        )
+    config = directories.read_json(path)
+    entry = config.get("quantization_config")
+    if not isinstance(entry, dict):
+        raise CheckpointError(
+            f"{path} has no quantization_config: the model is not quantized. Load it with transformers, and "
+            "call mixq_compile.quantize(model)."
+        )
+    quantization = StoredQuantization.from_json(entry, str(path))
+    tensors = directories.checked_tensors(source)
+    expected = quantization.tensors
+    if (len(tensors), directories.digest(tensors)) != (expected["count"], expected["digest"]):
+        raise CheckpointError(
+            f"the files in {source} do not hold the tensors that {path} was written for: {len(tensors)} in "
+            f"place of {expected['count']}, or others. Quantize the model again."
+        )
+    if verify:
+        verify_hashes(source, quantization)
+    return config, quantization
+
+
+def verify_hashes(source: Path, quantization: StoredQuantization) -> None:
+    """Reads every file of a directory. Raises CheckpointError for one whose bytes were changed."""
+    for name, expected in quantization.files.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{source / directories.CONFIG} is corrupt: {name!r} is no file beside it.")
+        if directories.file_hash(source / name) != expected:
+            raise CheckpointError(
+                f"{source / name} has other bytes than were written: copy or quantize it again."
+            )
+
+
+def _is_new(source: Path) -> bool:
+    """True where a directory was written again since: config.json says so."""
     try:
-        tensors = load_file(source / TENSORS)
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            # Some models keep a few tensors in another dtype than the rest.
-            if name in tensors and tensors[name].dtype != tensor.dtype:
-                tensor.data = tensor.to(tensors[name].dtype)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise corrupt(source / TENSORS, error) from error
-    try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise _misfit(source / TENSORS, str(error).partition("\n")[2].strip()) from error
-    _check_complete(model, source / TENSORS, missing, unexpected)
-    remember_swap(model, records)
-    take_over_saving(model)
-    return model.eval().to(device)
-
-
-def _check_complete(model: nn.Module, path: Path, missing: list[str], unexpected: list[str]) -> None:
-    """Ties what the model ties. Raises CheckpointError where tensors are missing or left over."""
-    model.tie_weights()  # type: ignore[operator]
-    first_names = {name for name, _ in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names
-    wrong = [*unexpected, *(name for name in missing if name not in tied)]
-    if wrong:
-        raise _misfit(path, ", ".join(wrong[:5]))
-
-
-def _misfit(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} does not fit the files beside it: {what}. Quantize the model again.")
+        entry = directories.read_json(source / directories.CONFIG).get("quantization_config")
+    except CheckpointError:
+        return False
+    return isinstance(entry, dict) and "modules" in entry

@@ -1,106 +1,72 @@
-"""Writing quantized Hugging Face directories: config.json, mixq.json and one safetensors file."""
+"""Writing quantized models as ordinary Hugging Face directories."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mixq_compile.checkpoints import directory as directories
+from mixq_compile.checkpoints.model_card import MARK, model_card
+from mixq_compile.checkpoints.schema import StoredQuantization
 from mixq_compile.errors import CheckpointError
-from mixq_compile.runtime.checkpoint_format import (
-    CONFIG,
-    GENERATION,
-    MANIFEST,
-    SCHEMA_VERSION,
-    TENSORS,
-    describe,
-    describe_left_alone,
-    dtype_name,
-    quantization_config,
-)
-from mixq_compile.runtime.compilation import swapped_linears
-from mixq_compile.runtime.mixq_linear import MixqLinear
+from mixq_compile.runtime.stored_model import is_pretrained, mixq_linears, quantization_of, with_files
+
+OLD_MANIFEST = "mixq.json"
+SHARD_SIZE = "5GB"
+_WEIGHTS = (directories.SINGLE, directories.INDEX, directories.SHARDS, "pytorch_model*.bin*")
+"""What earlier models left in a directory, which readers would take for the new one's."""
 
 
-def _plain(name: str) -> str:
-    """A name without the wrappers that `torch.compile` puts around parts of a model."""
-    return name.replace("_orig_mod.", "")
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without second names of tied weights."""
-    kept: dict[str, Tensor] = {}
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    tied = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        if not isinstance(module, MixqLinear)
-        for name in module._parameters
-    }
-    for name, tensor in model.state_dict().items():
-        identity = (tensor.data_ptr(), tuple(tensor.shape))
-        if name in tied and tensor.numel() and identity in seen:
-            continue
-        seen.add(identity)
-        kept[_plain(name)] = tensor.detach().cpu().contiguous().clone()
-    return kept
-
-
-def _computed_buffers(model: nn.Module) -> dict[str, str]:
-    """The dtypes of buffers that are not saved, but computed when the model is built, such as frequencies."""
-    saved = set(model.state_dict())
-    names = {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in model.named_modules()
-        if not isinstance(module, MixqLinear)
-        for name, buffer in module.named_buffers(recurse=False)
-    }
-    return {
-        _plain(name): dtype_name(buffer)
-        for name, buffer in names.items()
-        if name not in saved and buffer.is_floating_point()
-    }
-
-
-def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
+def save_pretrained(
+    model: nn.Module, directory: str | Path, *, max_shard_size: int | str = SHARD_SIZE
+) -> Path:
     """Writes a transformers model that `quantize` swapped to a directory; returns it.
 
     Outlier columns known now are written too, so that a loaded model starts warm, and so are the
-    16-bit weights that `keep_originals` kept. A directory is complete or has no config.json. Raises
-    CheckpointError for a model without a config or without a MixqLinear, and where the directory
+    16-bit weights that `keep_originals` kept. A SentenceTransformer is written by its own method, with its
+    transformer quantized. A directory is complete or has no config.json.
+
+    Args:
+        model: the model, or what `torch.compile` made of it.
+        directory: made where it is not there.
+        max_shard_size: most bytes of one file, such as "2GB".
+
+    Raises CheckpointError for a model without a config or without a MixqLinear, and where the directory
     cannot be written.
     """
     from safetensors import SafetensorError
 
     model = getattr(model, "_orig_mod", model)
-    swapped = {
-        _plain(name): module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, MixqLinear)
-    }
-    if not swapped:
+    if not mixq_linears(model):
         raise CheckpointError(
             "the model has no MixqLinear to save: call mixq_compile.quantize(model) first, or use "
             "model.save_pretrained for a 16-bit model."
         )
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "save_pretrained"):
-        raise CheckpointError(
-            f"a {type(model).__name__} has no transformers config: save its state_dict() with torch.save."
-        )
     target = Path(directory)
+    if any(base.__name__ == "SentenceTransformer" for base in type(model).__mro__):
+        model.save_pretrained(str(target))  # type: ignore[operator]
+        return target
+    if not is_pretrained(model):
+        inner = [name for name, module in model.named_modules() if name and is_pretrained(module)]
+        hint = f" Save its part {inner[0]!r} by itself, or" if inner else " Instead,"
+        raise CheckpointError(
+            f"a {type(model).__name__} is no transformers model with a config, so nothing would build it "
+            f"again.{hint} save its state_dict() with torch.save."
+        )
     existed = target.is_dir()
-    target.mkdir(parents=True, exist_ok=True)
     try:
+        target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".mixq-", dir=target) as unfinished:
-            _write(model, swapped, Path(unfinished))
+            _write(model, Path(unfinished), target.name, max_shard_size)
             _put_in_place(Path(unfinished), target)
     except BaseException as error:
         if not existed:
@@ -113,34 +79,108 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
     return target
 
 
-def _write(model: nn.Module, swapped: dict[str, MixqLinear], folder: Path) -> None:
-    from safetensors.torch import save_file
+def _write(model: Any, folder: Path, name: str, max_shard_size: int | str) -> None:
+    quantization = quantization_of(model)
+    with _prepared(model, quantization):
+        _write_shards(model, folder, max_shard_size, original_names=True)
+        if not _all_found(folder, quantization):
+            # Some models merge or split tensors where they are loaded, and not all releases of
+            # transformers do so with other names than the 16-bit weight's.
+            for path in folder.glob("*.safetensors*"):
+                path.unlink()
+            _write_shards(model, folder, max_shard_size, original_names=False)
+    tensors = directories.checked_tensors(folder)
+    if not _all_found(folder, quantization):
+        raise CheckpointError(
+            f"transformers renames tensors of a {type(model).__name__} in a way that quantized ones do not "
+            "survive: save its state_dict() with torch.save."
+        )
+    hashes = {path.name: directories.file_hash(path) for path in directories.tensor_files(folder)}
+    facts = {"count": len(tensors), "digest": directories.digest(tensors)}
+    finished = with_files(quantization, facts, hashes)
+    path = folder / directories.CONFIG
+    config = directories.read_json(path)
+    config["quantization_config"] = finished.to_json()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    nbytes = sum(entry.nbytes for entry in tensors.values())
+    card = model_card(finished, type(model).__name__, name, nbytes, original_bytes(finished, nbytes))
+    (folder / directories.CARD).write_text(card, encoding="utf-8")
 
-    left_alone = {_plain(r.fqn): r for r in swapped_linears(model) if r.scheme is None}
-    config: Any = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.quantization_config = quantization_config(swapped, left_alone)
-    config.save_pretrained(folder)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "architecture": type(model).__name__,
-        "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
-        "linears": {name: describe(module) for name, module in swapped.items()},
-        "left_alone": {name: describe_left_alone(record) for name, record in left_alone.items()},
-        "computed": _computed_buffers(model),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    save_file(_tensors(model), folder / TENSORS, metadata={"format": "pt"})
+
+def original_bytes(quantization: StoredQuantization, nbytes: int) -> int:
+    """The bytes of the tensors of a directory before they were quantized, from those after it."""
+    for linear in quantization.linears.values():
+        itemsize = 4 if linear.dtype == "float32" else 2
+        nbytes += linear.out_features * linear.in_features * itemsize
+        for leaf, (dtype, shape) in linear.tensors().items():
+            if leaf != "bias":
+                elements = 1
+                for size in shape:
+                    elements *= size
+                nbytes -= elements * directories.item_size(dtype)
+    return nbytes
+
+
+@contextlib.contextmanager
+def _prepared(model: Any, quantization: StoredQuantization) -> Iterator[None]:
+    """Gives a model what transformers' `save_pretrained` asks for, and takes it away again."""
+    from mixq_compile.runtime.transformers_config import MixqConfig
+    from mixq_compile.runtime.transformers_saving import StateWriter
+
+    before = {name: model.__dict__.get(name) for name in ("config", "hf_quantizer")}
+    without_generation = model.can_generate() and getattr(model, "generation_config", None) is None
+    if without_generation:
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig()
+    configuration = MixqConfig.of(quantization)
+    model.config = copy.deepcopy(model.config)
+    model.config.quantization_config = configuration
+    model.hf_quantizer = StateWriter(configuration, pre_quantized=True)
+    try:
+        yield
+    finally:
+        if without_generation:
+            model.generation_config = None
+        for name, value in before.items():
+            if value is None:
+                delattr(model, name)
+            else:
+                setattr(model, name, value)
+
+
+def _write_shards(model: Any, folder: Path, max_shard_size: int | str, *, original_names: bool) -> None:
+    type(model).save_pretrained(
+        model, folder, max_shard_size=max_shard_size, save_original_format=original_names
+    )
+
+
+def _all_found(folder: Path, quantization: StoredQuantization) -> bool:
+    """True where each quantized linear has all its tensors under one name, whichever that is."""
+    tensors = directories.checked_tensors(folder)
+    found = [key.removesuffix(".weight_codes") for key in tensors if key.endswith(".weight_codes")]
+    if len(found) != len(quantization.linears):
+        return False
+    for name in found:
+        entry = quantization.linears.get(name)
+        leaves = entry.tensors() if entry is not None else {"weight_codes": None, "weight_scale": None}
+        if any(f"{name}.{leaf}" not in tensors for leaf in leaves):
+            return False
+    return True
 
 
 def _put_in_place(unfinished: Path, target: Path) -> None:
     """Moves complete files to where readers look; what tells them that all is there comes last."""
-    for name in (CONFIG, MANIFEST, GENERATION):
+    first = (directories.CONFIG, OLD_MANIFEST, directories.GENERATION)
+    for name in first:
         (target / name).unlink(missing_ok=True)
-    last = (MANIFEST, CONFIG)
+    for pattern in _WEIGHTS:
+        for path in target.glob(pattern):
+            path.unlink()
+    card = target / directories.CARD
+    if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        (unfinished / directories.CARD).unlink()
+    last = (directories.INDEX, directories.CONFIG)
     for path in sorted(
         unfinished.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1
     ):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -100,3 +101,17 @@ def swapped_linears(model: nn.Module) -> tuple[LinearRecord, ...]:
             fqn = f"{name}.{linear.fqn}" if name else linear.fqn
             found.setdefault(fqn, linear if not name else replace(linear, fqn=fqn))
     return tuple(found.values())
+
+
+_CALIBRATIONS: weakref.WeakKeyDictionary[nn.Module, Mapping[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def remember_calibration(model: nn.Module, facts: Mapping[str, Any] | None) -> None:
+    """Keeps what a model was calibrated with, for as long as the model lives."""
+    if facts:
+        _CALIBRATIONS[model] = dict(facts)
+
+
+def calibration_of(model: nn.Module) -> Mapping[str, Any] | None:
+    """What a model was calibrated with; None where it was not, or nothing is known."""
+    return _CALIBRATIONS.get(model)

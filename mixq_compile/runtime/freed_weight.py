@@ -39,6 +39,8 @@ class FreedWeight(Tensor):
 
     fqn: str
     """The linear's name; empty where it is not known."""
+    _is_hf_initialized = True
+    """transformers, which initialises what a file did not hold, leaves it alone."""
 
     @staticmethod
     def __new__(

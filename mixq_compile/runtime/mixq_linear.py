@@ -63,6 +63,10 @@ class MixqLinear(nn.Module):
     """True while `hold_states` lasts."""
     was_trainable = False
     """Whether the weight had a gradient before the swap: a backward pass then says that there is none."""
+    transposed = False
+    """True where it stands for a transformers `Conv1D`, whose weight is [K, N]."""
+    tripped = True
+    """False while a loader that knows the class asks for the names of what it loads."""
 
     # What is made in inference mode cannot be written outside of it, and calls write the outlier state.
     @torch.inference_mode(False)
@@ -147,6 +151,8 @@ class MixqLinear(nn.Module):
         made = recipes.make(scheme.recipe, weight, weight.dtype, statistics.tensors if statistics else None)
         for name, tensor in made.named().items():
             module.get_parameter(name).data = tensor
+        if not isinstance(linear, nn.Linear):
+            module.transposed = True
         if bias is not None and module.bias is not None:
             module.bias.data = bias.detach().clone()
         if keep_original and not recipes.outliers_from_codes(scheme.recipe):
@@ -295,7 +301,7 @@ class MixqLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         # Who asks for the variables looks at the module and saves nothing.
-        if not keep_vars:
+        if self.tripped and not keep_vars:
             destination[prefix + TRIPWIRE] = torch.full(
                 (1,), torch.nan, dtype=torch.float32, device=self.weight_codes.device
             )

@@ -9,7 +9,10 @@ from torch import nn
 from mixq_compile.errors import CheckpointError, OptionError
 from mixq_compile.runtime.checkpoint_saving import save_pretrained
 from mixq_compile.runtime.mixq_linear import MixqLinear
+from mixq_compile.runtime.stored_model import is_pretrained
 
+TAKEN = ("max_shard_size",)
+"""Arguments of transformers' save_pretrained that are taken."""
 _AGREEING: dict[str, Any] = {
     "is_main_process": True,
     "push_to_hub": False,
@@ -33,13 +36,18 @@ class SavePretrained:
 
     def __call__(self, save_directory: Any, **options: Any) -> None:
         """Calls `mixq_compile.save_pretrained`. Raises OptionError for an option that it has not."""
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            # transformers writes the adapters alone, which are in 16 bit.
+            type(self.model).save_pretrained(self.model, save_directory, **options)  # type: ignore[attr-defined]
+            return
+        taken = {name: options.pop(name) for name in TAKEN if name in options}
         for name, value in options.items():
             if name not in _AGREEING or value != _AGREEING[name]:
                 raise OptionError(
-                    f"a quantized model's save_pretrained takes no {name}={value!r}: it writes one "
-                    "model.safetensors, mixq.json and config.json, as mixq_compile.save_pretrained does."
+                    f"a quantized model's save_pretrained takes no {name}={value!r}: it writes safetensors "
+                    "files and config.json, as mixq_compile.save_pretrained does. It takes max_shard_size."
                 )
-        save_pretrained(self.model, save_directory)
+        save_pretrained(self.model, save_directory, **taken)
 
 
 class PushToHub:
@@ -50,18 +58,13 @@ class PushToHub:
         raise CheckpointError(
             "a quantized model cannot be pushed to a hub from memory: write it with "
             "mixq_compile.save_pretrained(model, DIR) and upload that directory. Its readers need "
-            "mixq_compile.load_pretrained."
+            "import mixq_compile."
         )
 
 
 def take_over_saving(model: nn.Module) -> None:
     """Makes `save_pretrained` of transformers models with a MixqLinear write a quantized directory."""
     for module in model.modules():
-        is_transformers = hasattr(getattr(module, "config", None), "save_pretrained")
-        if (
-            is_transformers
-            and hasattr(type(module), "save_pretrained")
-            and any(isinstance(part, MixqLinear) for part in module.modules())
-        ):
+        if is_pretrained(module) and any(isinstance(part, MixqLinear) for part in module.modules()):
             module.__dict__["save_pretrained"] = SavePretrained(module)
             module.__dict__["push_to_hub"] = PushToHub()

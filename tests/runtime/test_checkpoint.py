@@ -117,69 +117,104 @@ class TestSaving:
             mixq.save_pretrained(tiny_llama(), tmp_path)
 
     def test_a_model_without_a_config(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="a Block has no transformers config"):
+        with pytest.raises(
+            CheckpointError, match="a Block is no transformers model with a config, so nothing would build it"
+        ):
             mixq.save_pretrained(mixq.quantize(block()), tmp_path)
 
     def test_folders_are_made(self, tmp_path: Path) -> None:
         mixq.save_pretrained(quantized(), tmp_path / "a" / "b")
-        assert (tmp_path / "a" / "b" / "mixq.json").is_file()
+        assert (tmp_path / "a" / "b" / "config.json").is_file()
 
 
-def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
+def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
 
 
-def _first_linear(manifest: dict[str, Any]) -> dict[str, Any]:
-    return next(iter(manifest["linears"].values()))
+def _first_linear(entry: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(entry["modules"].values()))
+
+
+def _tensors(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda d: (d / "model.safetensors").write_bytes(change((d / "model.safetensors").read_bytes()))
+
+
+def _config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    return lambda d: _edit(d / "config.json", change)
+
+
+def _without(name: str) -> Callable[[Path], object]:
+    """Leaves a tensor out of the file."""
+
+    def damage(directory: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(directory / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no manifest": (lambda d: (d / "mixq.json").unlink(), r"holds no mixq\.json"),
-    "no tensors": (lambda d: (d / "model.safetensors").unlink(), r"model\.safetensors is corrupt"),
-    "no config": (lambda d: (d / "config.json").unlink(), r"config\.json is corrupt"),
-    "manifest cut": (lambda d: (d / "mixq.json").write_text('{"schema'), r"mixq\.json is corrupt"),
-    "manifest is a list": (lambda d: (d / "mixq.json").write_text("[]"), r"mixq\.json is corrupt"),
-    "tensors cut": (
-        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:1000]),
-        r"model\.safetensors is corrupt",
+    "no tensors": (lambda d: (d / "model.safetensors").unlink(), r"holds neither model\.safetensors nor"),
+    "no config": (lambda d: (d / "config.json").unlink(), r"holds no config\.json: it is no quantized dir"),
+    "config cut": (lambda d: (d / "config.json").write_text('{"a'), r"config\.json is corrupt"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), r"config\.json is corrupt"),
+    "config is no text": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is corrupt"),
+    "tensors cut": (_tensors(lambda data: data[:-7]), r"its tensors end at byte \d+, and the file has"),
+    "tensors longer": (_tensors(lambda data: data + b"0"), r"its tensors end at byte \d+, and the file has"),
+    "cut inside the header": (_tensors(lambda data: data[:1000]), r"its header would have \d+ bytes"),
+    "tensors empty": (_tensors(lambda data: b""), r"model\.safetensors is corrupt"),
+    "header beyond the file": (
+        _tensors(lambda data: (1 << 40).to_bytes(8, "little") + data[8:]),
+        r"its header would have 1099511627776 bytes",
     ),
-    "tensors empty": (lambda d: (d / "model.safetensors").write_bytes(b""), r"model\.safetensors is corrupt"),
-    "config cut": (lambda d: (d / "config.json").write_text("{"), r"config\.json is corrupt"),
-    "other version": (
-        lambda d: _edit(d / "mixq.json", lambda m: m.update(schema_version=3)),
-        r"mixq\.json has schema version 3, and this release reads 1 and 2: quantize again",
+    "header is no JSON": (
+        _tensors(lambda data: data[:8] + b"x" + data[9:]),
+        r"its header is no list of tensors",
+    ),
+    "a tensor is missing": (
+        _without("model.layers.1.mlp.up_proj.weight_codes"),
+        r"do not hold the tensors that .*config\.json was written for",
+    ),
+    "a 16-bit tensor is missing": (_without("model.norm.weight"), r"do not hold the tensors"),
+    "newer version": (
+        _config(lambda e: e.update(schema_version=4)),
+        r"has schema version 4, and this release reads 3: install a newer mixq-compile",
+    ),
+    "no version": (_config(lambda e: e.pop("schema_version")), r"has schema version None"),
+    "another method": (
+        _config(lambda e: e.update(quant_method="gptq")),
+        r"has quant_method 'gptq', not 'mixq': it was quantized by another library",
     ),
     "other scheme version": (
-        lambda d: _edit(d / "mixq.json", lambda m: _first_linear(m)["scheme"].update(version=9)),
-        r"mixq\.json is corrupt .*schema version 9",
+        _config(lambda e: e["schemes"]["w8a8o16"].update(version=9)),
+        r"config\.json is corrupt .*schema version 9",
     ),
-    "unknown architecture": (
-        lambda d: _edit(d / "mixq.json", lambda m: m.update(architecture="NoSuchModel")),
-        "this transformers has no 'NoSuchModel'",
+    "another recipe": (
+        _config(lambda e: _first_linear(e).update(recipe="weight=int4 absmax; activation=int8")),
+        r"config\.json is corrupt .*its recipe is 'weight=int4",
     ),
-    "unknown dtype": (
-        lambda d: _edit(d / "mixq.json", lambda m: m.update(dtype="float17")),
-        r"mixq\.json is corrupt",
-    ),
+    "unknown dtype": (_config(lambda e: e.update(dtype="float17")), r"config\.json is corrupt .*float17"),
     "a field is missing": (
-        lambda d: _edit(d / "mixq.json", lambda m: _first_linear(m).pop("bias")),
-        r"mixq\.json is corrupt .*bias",
+        _config(lambda e: _first_linear(e).pop("shape")),
+        r"config\.json is corrupt .*down_proj' lacks 'shape'",
     ),
-    "a linear that the model lacks": (
-        lambda d: _edit(
-            d / "mixq.json", lambda m: m["linears"].update({"model.nowhere.x": _first_linear(m)})
-        ),
-        r"mixq\.json is corrupt",
+    "more columns than slots": (
+        _config(lambda e: _first_linear(e).update(columns=4096)),
+        r"config\.json is corrupt .*4096 outlier columns",
     ),
     "a linear of another shape": (
-        lambda d: _edit(d / "mixq.json", lambda m: _first_linear(m).update(in_features=32)),
-        r"model\.safetensors does not fit the files beside it",
+        _config(lambda e: _first_linear(e).update(shape=[64, 32])),
+        r"the model's 'model\.layers\.0\.mlp\.down_proj' is a Linear of \(64, 128\)",
     ),
-    "a linear that is not quantized": (
-        lambda d: _edit(d / "mixq.json", lambda m: m["linears"].popitem()),
-        r"model\.safetensors does not fit the files beside it",
+    "a linear that is not quantized": (_config(lambda e: e["modules"].popitem()), r"cannot be loaded"),
+    "all are of another model": (
+        _config(lambda e: e.update(modules={f"other.{n}": m for n, m in e["modules"].items()})),
+        r"none of the 14 quantized linears",
     ),
 }
 
@@ -194,10 +229,28 @@ def test_damaged_directories_name_the_file(case: str, directory: Path, tmp_path:
         mixq.load_pretrained(tmp_path)
 
 
+def test_an_unknown_architecture(directory: Path, tmp_path: Path) -> None:
+    for path in directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
+    with pytest.raises(CheckpointError, match=r"this transformers \(.*\) has no 'NoSuchModel'"):
+        mixq.load_pretrained(tmp_path)
+
+
+def test_a_changed_byte_is_found_by_its_hash(directory: Path, tmp_path: Path) -> None:
+    for path in directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    mixq.load_pretrained(tmp_path, verify=True)
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-100] ^= 4
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has other bytes than were written"):
+        mixq.load_pretrained(tmp_path, verify=True)
+
+
 def test_a_directory_that_is_none() -> None:
-    with pytest.raises(
-        CheckpointError, match=r"holds no mixq\.json: mixq_compile\.save_pretrained did not write it"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json: it is no quantized directory"):
         mixq.load_pretrained("/no/such/directory")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,16 @@ from torch import nn
 import mixq_compile as mixq
 from mixq_compile.errors import CheckpointError, OptionError
 from mixq_compile.runtime.mixq_linear import MixqLinear
+
+
+@pytest.fixture
+def stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers as it is in a process that never imported this package."""
+    from transformers.quantizers import auto
+
+    for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        monkeypatch.delitem(mapping, "mixq", raising=False)
+
 
 REFUSAL = "ignore_mismatched_sizes|size mismatch"
 
@@ -39,9 +51,22 @@ READERS = [
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.usefixtures("stranger")
 def test_transformers_raises(reader: str, dtype: str, directory: Path) -> None:
     with pytest.raises(RuntimeError, match=REFUSAL):
         getattr(transformers, reader).from_pretrained(directory, dtype=dtype)
+
+
+def test_transformers_raises_in_a_process_of_its_own(directory: Path) -> None:
+    program = (
+        "import sys, transformers\n"
+        "try:\n    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "except RuntimeError as error:\n    print('refused', 'ignore_mismatched_sizes' in str(error))\n"
+        "assert not [name for name in sys.modules if name.startswith('mixq_compile')]\n"
+    )
+    command = [sys.executable, "-c", program, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "refused True", done.stderr
 
 
 def test_transformers_raises_without_the_config_entry(directory: Path, tmp_path: Path) -> None:
@@ -52,9 +77,11 @@ def test_transformers_raises_without_the_config_entry(directory: Path, tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match=REFUSAL):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    mixq.load_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has no quantization_config"):
+        mixq.load_pretrained(tmp_path)
 
 
+@pytest.mark.usefixtures("stranger")
 def test_transformers_raises_for_a_model_with_fewer_layers(directory: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(directory)
     config.num_hidden_layers = 1
@@ -62,6 +89,7 @@ def test_transformers_raises_for_a_model_with_fewer_layers(directory: Path) -> N
         transformers.LlamaForCausalLM.from_pretrained(directory, config=config)
 
 
+@pytest.mark.usefixtures("stranger")
 def test_a_model_of_which_one_linear_is_quantized(tmp_path: Path) -> None:
     model = mixq.quantize(tiny_llama(), ignore=["*layers.0.*", "*self_attn*", "*gate*", "*down*", "lm_head"])
     assert [name for name, module in model.named_modules() if isinstance(module, MixqLinear)] == [
@@ -73,6 +101,7 @@ def test_a_model_of_which_one_linear_is_quantized(tmp_path: Path) -> None:
             reader.from_pretrained(tmp_path)
 
 
+@pytest.mark.usefixtures("stranger")
 def test_a_conv1d_model_raises(tmp_path: Path) -> None:
     config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=96, n_positions=32)
     model = mixq.quantize(transformers.GPT2LMHeadModel(config).eval().requires_grad_(False))
@@ -86,13 +115,20 @@ def test_what_the_config_says(tmp_path: Path) -> None:
     model = mixq.quantize(tiny_llama(), layers={"*.down_proj": "w8a16"})
     mixq.save_pretrained(model, tmp_path)
     entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert entry == {
+    assert {name: entry[name] for name in ("quant_method", "schema_version", "scheme", "dtype")} == {
         "quant_method": "mixq",
-        "schema_version": 2,
+        "schema_version": 3,
         "scheme": "w8a8o16",
-        "layers": {f"model.layers.{place}.mlp.down_proj": "w8a16" for place in (0, 1)},
-        "modules_to_not_convert": ["lm_head"],
+        "dtype": "float32",
     }
+    assert entry["modules"]["model.layers.1.mlp.down_proj"] == {
+        "scheme": "w8a16",
+        "recipe": "weight=int8 absmax; activation=none; outliers=static inf",
+        "shape": [64, 128],
+        "dtype": "float32",
+    }
+    assert len(entry["modules"]) == 14
+    assert entry["modules_to_not_convert"]["lm_head"]["skip"] == "ignored: its name matches 'lm_head'"
 
 
 def test_saving_leaves_the_models_config_alone(tmp_path: Path) -> None:
@@ -101,7 +137,7 @@ def test_saving_leaves_the_models_config_alone(tmp_path: Path) -> None:
     mixq.save_pretrained(model, tmp_path)
     assert model.config.to_dict() == before
     loaded = mixq.load_pretrained(tmp_path)
-    assert not hasattr(loaded.config, "quantization_config")
+    assert loaded.config.quantization_config.to_dict()["quant_method"] == "mixq"
     mixq.save_pretrained(loaded, tmp_path / "again")
     assert "quantization_config" in json.loads((tmp_path / "again" / "config.json").read_text())
 
@@ -150,8 +186,6 @@ class TestTheModelsOwnMethods:
         model = mixq.quantize(tiny_llama())
         COPIES[case](model).save_pretrained(tmp_path)
         assert torch.equal(logits(mixq.load_pretrained(tmp_path), ids()), logits(model, ids()))
-        with pytest.raises(RuntimeError, match=REFUSAL):
-            transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
     def test_a_copy_saves_itself(self, tmp_path: Path) -> None:
         model = mixq.quantize(tiny_llama())
@@ -173,7 +207,6 @@ class TestTheModelsOwnMethods:
     @pytest.mark.parametrize(
         "options",
         [
-            {"max_shard_size": "1MB"},
             {"push_to_hub": True},
             {"safe_serialization": False},
             {"variant": "fp16"},
@@ -230,12 +263,14 @@ SAVERS: dict[str, Callable[[Any, Path], None]] = {
 
 
 @pytest.mark.parametrize("saver", SAVERS)
+@pytest.mark.usefixtures("stranger")
 def test_what_transformers_own_code_writes_does_not_load_either(saver: str, tmp_path: Path) -> None:
     SAVERS[saver](mixq.quantize(tiny_llama()), tmp_path)
     with pytest.raises(RuntimeError, match=REFUSAL):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.usefixtures("stranger")
 def test_a_model_whose_inner_model_was_swapped(tmp_path: Path) -> None:
     """The outer model was never seen by `quantize`: transformers writes it, and nobody reads it wrongly."""
     model = tiny_llama()
@@ -245,6 +280,7 @@ def test_a_model_whose_inner_model_was_swapped(tmp_path: Path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.usefixtures("stranger")
 def test_a_linear_that_was_swapped_by_hand(tmp_path: Path) -> None:
     from mixq_compile.schemes.registry import get_scheme
 

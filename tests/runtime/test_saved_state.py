@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from compiling import block, compiled, rows
-from tiny_llama import ids, logits, tiny_llama
+from old_directory import save_old
+from tiny_llama import ids, logits, tiny_llama, transformers
 from torch import Tensor, nn
 
 import mixq_compile as mixq
@@ -107,7 +108,7 @@ def test_originals_keep_the_dtype_that_the_model_has(tmp_path: Path) -> None:
     model = mixq.quantize(tiny_llama().bfloat16(), "w4a8o16", keep_originals=True)
     loaded = _through_a_directory(model, tmp_path)
     assert {module.outlier_source.dtype for module in linears(loaded)} == {torch.bfloat16}
-    assert torch.equal(logits(loaded.float(), ids()), logits(model.float(), ids()))
+    assert torch.equal(logits(loaded.to(torch.float32), ids()), logits(model.float(), ids()))
     assert {module.outlier_source.dtype for module in linears(loaded)} == {torch.float32}
 
 
@@ -234,7 +235,7 @@ class TestInterruptedSaving:
             with pytest.raises(KeyboardInterrupt):
                 mixq.save_pretrained(model, tmp_path)
         assert not (tmp_path / "config.json").exists()
-        with pytest.raises(CheckpointError, match=r"holds no mixq\.json: .* or was interrupted"):
+        with pytest.raises(CheckpointError, match=r"holds no config\.json: .* whose writing was interrupted"):
             mixq.load_pretrained(tmp_path)
         mixq.save_pretrained(model, tmp_path)
         assert torch.equal(logits(mixq.load_pretrained(tmp_path), ids()), logits(model, ids()))
@@ -248,9 +249,9 @@ class TestInterruptedSaving:
         monkeypatch.setattr(
             checkpoint_saving.os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b))[1]
         )
-        mixq.save_pretrained(mixq.quantize(tiny_llama()), tmp_path)
-        assert order[-2:] == ["mixq.json", "config.json"]
-        assert "model.safetensors" in order[:-2]
+        mixq.save_pretrained(mixq.quantize(tiny_llama()), tmp_path, max_shard_size="60KB")
+        assert order[-2:] == ["model.safetensors.index.json", "config.json"]
+        assert "model-00001-of-00003.safetensors" in order[:-2]
 
 
 def _fail(monkeypatch: pytest.MonkeyPatch, model: Any, name: str) -> None:
@@ -258,7 +259,7 @@ def _fail(monkeypatch: pytest.MonkeyPatch, model: Any, name: str) -> None:
         raise OSError(28, "No space left on device")
 
     if name == "save_file":
-        monkeypatch.setattr("safetensors.torch.save_file", full)
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
     else:
         monkeypatch.setattr(model.generation_config, "save_pretrained", full)
 
@@ -271,35 +272,50 @@ def test_generation_settings_of_an_older_save_do_not_stay(tmp_path: Path) -> Non
     assert mixq.load_pretrained(mixq.save_pretrained(model, tmp_path)).generation_config.max_new_tokens != 17
 
 
-def test_a_directory_of_the_first_schema_loads(tmp_path: Path) -> None:
-    """As written before there were tripwires, originals and a quantization_config."""
-    model = mixq.quantize(tiny_llama())
-    logits(model, ids())
-    mixq.save_pretrained(model, tmp_path)
-    _as_the_first_schema(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert torch.equal(logits(mixq.load_pretrained(tmp_path), ids(seed=3)), logits(model, ids(seed=3)))
+@pytest.mark.parametrize("schema", [1, 2])
+class TestDirectoriesOfOlderReleases:
+    def test_load_and_are_said_to_be_old(self, schema: int, tmp_path: Path) -> None:
+        model = mixq.quantize(tiny_llama())
+        logits(model, ids())
+        save_old(model, tmp_path, schema)
+        with pytest.warns(UserWarning, match=r"was written by an older release \(it has a mixq\.json\)"):
+            loaded = mixq.load_pretrained(tmp_path)
+        assert torch.equal(logits(loaded, ids(seed=3)), logits(model, ids(seed=3)))
 
+    def test_are_written_again_in_todays_format(self, schema: int, tmp_path: Path) -> None:
+        save_old(mixq.quantize(tiny_llama()), tmp_path, schema)
+        with pytest.warns(UserWarning, match="older release"):
+            loaded = mixq.load_pretrained(tmp_path)
+        loaded.save_pretrained(tmp_path)
+        assert not (tmp_path / "mixq.json").exists()
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(logits(again, ids()), logits(loaded, ids()))
 
-def _as_the_first_schema(directory: Path) -> None:
-    """Takes from a directory what the first schema had not."""
-    from safetensors.torch import load_file, save_file
+    def test_transformers_says_who_reads_them(self, schema: int, tmp_path: Path) -> None:
+        save_old(mixq.quantize(tiny_llama()), tmp_path, schema)
+        if schema == 2:  # The first one says nothing of quantization in config.json.
+            with pytest.raises(
+                CheckpointError, match=r"load it with mixq_compile\.load_pretrained, and save it"
+            ):
+                transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
-    manifest = json.loads((directory / "mixq.json").read_text())
-    manifest["schema_version"] = 1
-    del manifest["left_alone"]
-    for entry in manifest["linears"].values():
-        del entry["original"]
-    (directory / "mixq.json").write_text(json.dumps(manifest))
-    config = json.loads((directory / "config.json").read_text())
-    del config["quantization_config"]
-    (directory / "config.json").write_text(json.dumps(config))
-    tensors = load_file(directory / "model.safetensors")
-    kept = {
-        name: tensor.clone()
-        for name, tensor in tensors.items()
-        if tensor.shape != (1,) or "threshold" in name
-    }
-    assert len(tensors) - len(kept) == len(manifest["linears"])
-    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"schema_version": 7}, "has schema version 7"),
+            ({"linears": {"model.nowhere": {}}}, r"mixq\.json is corrupt"),
+            ({"architecture": "NoSuchModel"}, "has no 'NoSuchModel'"),
+        ],
+        ids=["version", "linears", "architecture"],
+    )
+    def test_damaged_ones_name_the_file(
+        self, schema: int, change: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        save_old(mixq.quantize(tiny_llama()), tmp_path, schema)
+        manifest = json.loads((tmp_path / "mixq.json").read_text())
+        (tmp_path / "mixq.json").write_text(json.dumps({**manifest, **change}))
+        with (
+            pytest.warns(UserWarning, match="older release"),
+            pytest.raises(CheckpointError, match=message),
+        ):
+            mixq.load_pretrained(tmp_path)

@@ -84,6 +84,12 @@ class RefreshArguments(Structure):
     )
 
 
+class WeightRoundingArguments(Structure):
+    """Rows of a weight, and the codes and scales that they become."""
+
+    _fields_ = _fields("values codes scale", "rows columns stride codes_stride", "type bits threads")
+
+
 def open_library(path: Path) -> ctypes.CDLL:
     """The compiled kernels at this path with the types of their functions. Raises OSError."""
     library = ctypes.CDLL(str(path))
@@ -94,6 +100,7 @@ def open_library(path: Path) -> ctypes.CDLL:
         ("weight_only_linear", None, (c_void_p,)),
         ("expand_weight", None, (c_void_p, c_void_p, c_void_p, c_int)),
         ("refresh", None, (c_void_p,)),
+        ("round_weight", c_int64, (c_void_p,)),
     ):
         function = getattr(library, f"mixq_{name}")
         function.restype, function.argtypes = result, arguments

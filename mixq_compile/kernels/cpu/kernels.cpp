@@ -8,6 +8,7 @@
 #include "quantized_linear.h"
 #include "refresh.h"
 #include "weight_only.h"
+#include "weight_rounding.h"
 
 using namespace mixq;
 
@@ -55,4 +56,9 @@ MIXQ_EXPORT void mixq_refresh(const RefreshArguments& arguments) {
     with_type(arguments.outlier_weight_type, [&](auto* element) {
         refresh<std::remove_pointer_t<decltype(element)>>(arguments);
     });
+}
+
+// Rounds the rows of a weight; returns how many were left out because a value is not finite.
+MIXQ_EXPORT int64_t mixq_round_weight(const WeightRoundingArguments& arguments) {
+    return arguments.bits == 4 ? round_rows<4>(arguments) : round_rows<8>(arguments);
 }
