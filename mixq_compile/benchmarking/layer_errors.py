@@ -15,6 +15,7 @@ from mixq_compile.area import LinearSize
 from mixq_compile.benchmarking.simulated_schemes import SIMULATED, Problem
 from mixq_compile.evaluation import sqnr
 from mixq_compile.scheme import QuantScheme
+from mixq_compile.weights.recipe import InputStatistics
 
 MOST_DB = 300.0
 """Beyond what float64 resolves."""
@@ -28,6 +29,12 @@ class LayerError:
     """Within ±MOST_DB, so that JSON can hold it: the most where the layer is exact, the least for NaN."""
     found_columns: int
     """Outlier columns that its inputs had."""
+    weights_db: float
+    """What the SQNR would be if the weight alone were rounded, within ±MOST_DB like the next."""
+    inputs_db: float
+    """What it would be if the input alone were: for the rounding of all columns but those kept."""
+    left_out: int
+    """Outlier columns beyond the slots, which widen the scale of their rows."""
 
 
 @torch.no_grad()
@@ -38,24 +45,52 @@ def layer_errors(
     kwargs: Mapping[str, Any],
     columns: Mapping[str, list[int]],
     announce: Callable[[str], None] = lambda fqn: None,
+    statistics: Mapping[str, InputStatistics | None] | None = None,
 ) -> dict[str, LayerError]:
     """Runs the model once and quantizes each layer of `schemes` on the input that it gets.
 
-    `columns` are calibrated outlier columns by layer. A layer that did not run, or that is no module of
-    this name, is left out. Errors of one layer do not reach the next: every layer sees the original
+    `columns` are calibrated outlier columns by layer, `statistics` what its scheme makes its weight with,
+    where it needs any. A layer that did not run, or that is no module of this name, is left out. Errors of one layer do not reach the next: every layer sees the original
     model's values. `announce` is told each layer as it is done.
     """
     found: dict[str, LayerError] = {}
 
     def measure(fqn: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        quantized = MixqLinear.from_linear(module, schemes[fqn], columns=columns.get(fqn), keep_original=True)
-        found[fqn] = LayerError(
-            _bounded(sqnr(output, quantized(x))), len(quantized.outlier_state().columns())
+        quantized = MixqLinear.from_linear(
+            module,
+            schemes[fqn],
+            columns=columns.get(fqn),
+            keep_original=True,
+            statistics=(statistics or {}).get(fqn),
         )
+        found[fqn] = _error(quantized, x, output)
         announce(fqn)
 
     _run(model, schemes, args, kwargs, measure)
     return found
+
+
+def _error(quantized: MixqLinear, x: Tensor, output: Tensor) -> LayerError:
+    """The error of a layer, and its two parts: they add up to it, since rounding the input comes last."""
+    exact, got = output.float(), quantized(x).float()
+    bias = quantized.bias
+    rounded = nn.functional.linear(x.float(), _held_weight(quantized), None if bias is None else bias.float())
+    state = quantized.outlier_state()
+    return LayerError(
+        sqnr_db=_bounded(sqnr(exact, got)),
+        found_columns=len(state.columns()),
+        weights_db=_bounded(sqnr(exact, rounded)),
+        inputs_db=_bounded(sqnr(exact, exact + (got - rounded))),
+        left_out=state.overflow(),
+    )
+
+
+def _held_weight(quantized: MixqLinear) -> Tensor:
+    """The fp32 weight `[N, K]` that a layer multiplies by, outlier columns as they are held."""
+    weight = quantized.dequantized_weight()
+    held = quantized.cached_index >= 0
+    weight[:, quantized.cached_index[held].long()] = quantized.outlier_weight[:, held].float()
+    return weight
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from mixq_compile.cli.inspection_options import CaptureOptions, PipelineChoice
 from mixq_compile.cli.output import console
 
 if TYPE_CHECKING:
+    from mixq_compile.calibration import CalibrationStats
     from mixq_compile.cli.capturing import Captured
     from mixq_compile.inspection.inspection import InspectedGraph, Inspection
     from mixq_compile.inspection.layers import LayerSummary
@@ -97,7 +98,7 @@ def inspection_of_captured(
         notes = (OF_PROGRAM,)
     elif errors:
         begin = time.perf_counter()
-        made = _with_errors(made, captured)
+        made = _with_errors(made, captured, options.stats)
         seconds["errors"] = time.perf_counter() - begin
         changed = {record.spec.split("{")[0] for record in history.records if record.count("applied")}
         if changed & CHANGES_INPUTS:
@@ -127,12 +128,13 @@ def _area(layer: LayerSummary) -> float | None:
     return round(linear_area(size, scheme, assumptions).total)
 
 
-def _with_errors(graph: InspectedGraph, captured: Captured) -> InspectedGraph:
+def _with_errors(graph: InspectedGraph, captured: Captured, stats: CalibrationStats | None) -> InspectedGraph:
     """The graph with each layer's SQNR and outlier columns, measured with a bar on stderr."""
     from rich.progress import Progress
 
     from mixq_compile.benchmarking.layer_errors import layer_errors
     from mixq_compile.inspection.layers import calibrated_columns, schemes_of
+    from mixq_compile.selection.statistics import input_statistics
 
     assert captured.model is not None
     schemes = schemes_of(graph.history)
@@ -143,15 +145,11 @@ def _with_errors(graph: InspectedGraph, captured: Captured) -> InspectedGraph:
             progress.update(task, advance=1, description=fqn)
 
         found = layer_errors(
-            captured.model, schemes, captured.args, captured.kwargs,
-            calibrated_columns(graph.history), announce,
+            captured.model, schemes, captured.args, captured.kwargs, calibrated_columns(graph.history),
+            announce, {fqn: input_statistics(stats, fqn, scheme) for fqn, scheme in schemes.items()},
         )  # fmt: skip
     layers = tuple(
-        dataclasses.replace(
-            layer, sqnr_db=found[layer.fqn].sqnr_db, found_columns=found[layer.fqn].found_columns
-        )
-        if layer.fqn in found
-        else layer
+        dataclasses.replace(layer, **dataclasses.asdict(found[layer.fqn])) if layer.fqn in found else layer
         for layer in graph.layers
     )
     return dataclasses.replace(graph, layers=layers)

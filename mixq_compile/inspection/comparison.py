@@ -27,7 +27,9 @@ FORMAT = "mixq-comparison"
 SCHEMA_VERSION = 1
 SQNR_NOISE = 0.5
 """Decibels by which a layer's error varies for no reason worth a line."""
-NO_PROGRAM = frozenset({"where", "found_columns", "sqnr_db", "costs", "area"})
+NO_PROGRAM = frozenset(
+    {"where", "found_columns", "sqnr_db", "weights_db", "inputs_db", "left_out", "costs", "area"}
+)
 """Fields of a layer that were measured, or say where it comes from."""
 PROGRAM = tuple(field.name for field in dataclasses.fields(LayerSummary) if field.name not in NO_PROGRAM)
 """Fields of a layer whose difference is one of the program."""

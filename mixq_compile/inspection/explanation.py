@@ -47,6 +47,10 @@ class Explanation:
             found["outlier columns"] = f"{known}, of at most {layer.capacity}"
         if layer.sqnr_db is not None:
             found["error of the layer alone"] = f"{layer.sqnr_db:.1f} dB SQNR"
+        if layer.weights_db is not None and layer.inputs_db is not None:
+            found["its parts"] = f"{layer.weights_db:.1f} dB of weights, {layer.inputs_db:.1f} dB of inputs"
+        if layer.left_out:
+            found["outlier columns left out"] = f"{layer.left_out}: their rows' scales are wider for it"
         if layer.area is not None:
             found["circuit area"] = f"{layer.area:.2g} NAND2 equivalents: 16 lanes, side stages folded"
         for rows, cost in layer.costs.items():

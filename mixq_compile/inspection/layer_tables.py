@@ -50,13 +50,23 @@ def summary_table(layers: Sequence[LayerSummary], *, each: bool) -> LayerTable:
     """What became of each layer: scheme, kernel, bits, outlier columns, error, bytes, or why it was left."""
     cells = {layer.fqn: _summary_cells(layer) for layer in layers}
     keys = {fqn: values[:-2] for fqn, values in cells.items()}
+    measured = any(layer.weights_db is not None for layer in layers)
     rows = []
     for group in _groups(keys, each=each):
         members = [layer for layer in layers if layer.fqn in group.fqns]
-        measured = (_outliers(members), _sqnr(members), _area(members))
-        rows.append((group.label, *cells[group.fqns[0]][:-2], *measured))
-    columns = ("layer", "N×K", "scheme", "kernel", "MiB", "outliers", "SQNR dB", "area")
-    return LayerTable("what became of each linear; area in NAND2 equivalents", columns, tuple(rows))
+        parts = (_range(members, "weights_db"), _range(members, "inputs_db")) if measured else ()
+        figures = (_outliers(members), _range(members, "sqnr_db"), *parts, _area(members))
+        rows.append((group.label, *cells[group.fqns[0]][:-2], *figures))
+    parts = ("of weights", "of inputs") if measured else ()
+    columns = ("layer", "N×K", "scheme", "kernel", "MiB", "outliers", "SQNR dB", *parts, "area")
+    title = "what became of each linear; area in NAND2 equivalents"
+    legend = (
+        "SQNR of weights, of inputs: with only those rounded; the lower of the two makes the error. "
+        "outliers: columns kept / slots, + those left out, which widen their rows' scales"
+        if measured
+        else ""
+    )
+    return LayerTable(title, columns, tuple(rows), legend)
 
 
 def cost_table(layers: Sequence[LayerSummary], *, each: bool) -> LayerTable:
@@ -83,7 +93,7 @@ def _summary_cells(layer: LayerSummary) -> tuple[str, ...]:
     if layer.scheme is None:
         return shape, f"left alone: {layer.skip}", "", _mebibytes(layer.bytes_before), "", ""
     sizes = f"{_mebibytes(layer.bytes_before)} → {_mebibytes(layer.bytes_after)}"
-    return shape, layer.scheme, layer.kernel or "auto", sizes, _outliers([layer]), _sqnr([layer])
+    return shape, layer.scheme, layer.kernel or "auto", sizes, _outliers([layer]), _range([layer], "sqnr_db")
 
 
 def _mebibytes(count: int) -> str:
@@ -102,11 +112,14 @@ def _outliers(layers: Sequence[LayerSummary]) -> str:
         for layer in layers
     ]
     low, high = min(counts), max(counts)
-    return f"{low}/{capacity}" if low == high else f"{low}–{high}/{capacity}"
+    kept = f"{low}/{capacity}" if low == high else f"{low}–{high}/{capacity}"
+    left_out = max(layer.left_out or 0 for layer in layers)
+    return f"{kept} +{left_out}" if left_out else kept
 
 
-def _sqnr(layers: Sequence[LayerSummary]) -> str:
-    found = [layer.sqnr_db for layer in layers if layer.sqnr_db is not None]
+def _range(layers: Sequence[LayerSummary], figure: str) -> str:
+    """A figure in dB; a range over several layers."""
+    found = [value for layer in layers if (value := getattr(layer, figure)) is not None]
     if not found:
         return ""
     low, high = min(found), max(found)

@@ -60,6 +60,12 @@ class LayerSummary:
     """Outlier columns while running; None where nothing was run."""
     sqnr_db: float | None = None
     """Of the layer's own output, on inputs from the model in full precision; None where not measured."""
+    weights_db: float | None = None
+    """What the SQNR would be with only the weight rounded."""
+    inputs_db: float | None = None
+    """What it would be with only the input rounded."""
+    left_out: int | None = None
+    """Outlier columns beyond the slots."""
     costs: dict[str, Any] = field(default_factory=dict)
     """By number of rows: operations, bytes moved and expected time, before and after."""
     area: float | None = None

@@ -63,3 +63,43 @@ def test_an_exact_or_broken_layer_has_an_error_that_json_can_hold(value: float, 
     x = torch.randn(4, FEATURES)
     found = layer_errors(model, {"first": get_scheme("w8a8")}, (x,), {}, {})
     assert found["first"].sqnr_db == expected
+
+
+def decibels(signal: Tensor, noise: Tensor) -> float:
+    return float(10 * torch.log10(signal.square().sum() / noise.square().sum()))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8o16", "w8a8", "w8a16", "w4a8o16"])
+def test_the_parts_of_an_error_are_those_of_its_roundings(scheme: str) -> None:
+    """Against both roundings written out in float64; with a column kept, its weight is the original's."""
+    model = Chain().eval()
+    x = torch.randn(32, FEATURES, generator=torch.Generator().manual_seed(1)) + 20.0 * (
+        torch.arange(FEATURES) == 3
+    )
+    found = layer_errors(model, {"second": get_scheme(scheme)}, (x - 20.0,), {}, {})["second"]
+    with torch.no_grad():
+        value = model.first(x - 20.0) + 20.0 * (torch.arange(FEATURES) == 3)
+        exact = model.second(value).double()
+        weight = model.second.weight.double()
+        largest = 127 if "w8" in scheme else 7
+        if scheme != "w4a8o16":  # whose scales are searched for
+            scale = weight.abs().amax(1, keepdim=True) / largest
+            rounded = (weight / scale).round() * scale
+            if found.found_columns:
+                rounded[:, 3] = weight[:, 3]
+            wanted = decibels(exact, (value.double() @ (rounded - weight).T))
+            assert found.weights_db == pytest.approx(wanted, abs=0.05)
+    if scheme == "w8a16":
+        assert found.inputs_db > 100, "its input is not rounded"
+    else:
+        noise = 10 ** (-found.weights_db / 10) + 10 ** (-found.inputs_db / 10)
+        assert -10 * math.log10(noise) == pytest.approx(found.sqnr_db, abs=0.5), "the parts make the whole"
+    assert found.left_out == 0
+
+
+def test_columns_without_a_slot_are_counted() -> None:
+    scheme = get_scheme("w8a8o16").with_outliers(threshold=0.5, capacity=16)
+    x = torch.randn(32, FEATURES, generator=torch.Generator().manual_seed(1))
+    found = layer_errors(Chain().eval(), {"first": scheme}, (x,), {}, {})["first"]
+    assert found.found_columns == 16
+    assert found.left_out > 0

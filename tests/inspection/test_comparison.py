@@ -503,5 +503,5 @@ def test_every_field_of_a_layer_is_either_program_or_not() -> None:
     assert {field.name for field in dataclasses.fields(LayerSummary)} == {
         "fqn", "role", "out_features", "in_features", "dtype", "scheme", "weight_bits", "activation_bits",
         "kernel", "skip", "where", "bytes_before", "bytes_after", "capacity", "calibrated_columns",
-        "found_columns", "sqnr_db", "costs", "area", "recipe",
+        "found_columns", "sqnr_db", "weights_db", "inputs_db", "left_out", "costs", "area", "recipe",
     }  # fmt: skip

@@ -67,6 +67,9 @@ function layerFacts(layer) {
     layer.bytes_before > 0 && ["weight", beforeAfter(layer.bytes_before, layer.bytes_after, formatBytes)],
     layer.capacity > 0 && ["outlier columns", showOutliers([layer])],
     ["SQNR", layer.sqnr_db === null ? "not measured" : `${layer.sqnr_db.toFixed(1)} dB`],
+    layer.weights_db != null && ["SQNR of weights", `${layer.weights_db.toFixed(1)} dB`],
+    layer.inputs_db != null && ["SQNR of inputs", `${layer.inputs_db.toFixed(1)} dB`],
+    layer.left_out > 0 && ["outlier columns left out", String(layer.left_out)],
     layer.where && ["Python", pythonPlace(layer.where)],
   ];
   return element(

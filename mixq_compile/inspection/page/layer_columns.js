@@ -14,6 +14,8 @@ function layerColumns(model, layers) {
     shapeColumn(),
     outlierColumn(layers),
     errorColumn(),
+    partColumn(layers, "weights_db", "of weights", "SQNR with only the weight rounded"),
+    partColumn(layers, "inputs_db", "of inputs", "SQNR with only the input rounded"),
     bytesColumn(),
     ...COST_ROWS.filter((rows) => layers.some((layer) => layer.costs[rows])).map(costColumn),
     areaColumn(layers),
@@ -97,6 +99,20 @@ function errorColumn() {
     kind: "number",
     valueOf,
     show: (layers) => rangeOf(layers, valueOf, (value) => value.toFixed(1)),
+  };
+}
+
+/** One part of a layer's error: the lower SQNR of the two makes most of it. */
+function partColumn(layers, field, title, hint) {
+  const valueOf = (layer) => layer[field] ?? null;
+  if (layers.every((layer) => valueOf(layer) === null)) return null;
+  return {
+    key: field,
+    title,
+    hint,
+    kind: "number",
+    valueOf,
+    show: (shown) => rangeOf(shown, valueOf, (value) => value.toFixed(1)),
   };
 }
 
