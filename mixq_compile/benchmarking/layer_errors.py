@@ -50,8 +50,9 @@ def layer_errors(
     """Runs the model once and quantizes each layer of `schemes` on the input that it gets.
 
     `columns` are calibrated outlier columns by layer, `statistics` what its scheme makes its weight with,
-    where it needs any. A layer that did not run, or that is no module of this name, is left out. Errors of one layer do not reach the next: every layer sees the original
-    model's values. `announce` is told each layer as it is done.
+    where it needs any. A layer that did not run, or that is no module of this name, is left out. Errors of
+    one layer do not reach the next: every layer sees the original model's values. `announce` is told each
+    layer as it is done.
     """
     found: dict[str, LayerError] = {}
 
@@ -73,8 +74,9 @@ def layer_errors(
 def _error(quantized: MixqLinear, x: Tensor, output: Tensor) -> LayerError:
     """The error of a layer, and its two parts: they add up to it, since rounding the input comes last."""
     exact, got = output.float(), quantized(x).float()
-    bias = quantized.bias
-    rounded = nn.functional.linear(x.float(), _held_weight(quantized), None if bias is None else bias.float())
+    rounded = nn.functional.linear(x.float(), _held_weight(quantized))
+    if isinstance(quantized.bias, Tensor):
+        rounded += quantized.bias.float()
     state = quantized.outlier_state()
     return LayerError(
         sqnr_db=_bounded(sqnr(exact, got)),
