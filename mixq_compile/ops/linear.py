@@ -31,6 +31,7 @@ from mixq_compile.ops.shared_declarations import LAYOUT, Given, results_of
 from mixq_compile.ops.state_access import LEARNING, STATES, state_access
 from mixq_compile.ops.traits import declare
 from mixq_compile.ops.weight_codes import format_operand, told_by_codes
+from mixq_compile.weights.recipe import keeps_columns
 
 
 def small_batch_limit_of(x: Tensor, out_features: int, in_features: int, recipe: LinearRecipe) -> int:
@@ -39,6 +40,8 @@ def small_batch_limit_of(x: Tensor, out_features: int, in_features: int, recipe:
     The features are given apart, because those of tensors may be symbolic.
     """
     if recipe.batch_invariant or recipe.activation is None or recipe.weight.sums:
+        return 0
+    if keeps_columns(recipe.weight, recipe.miss):
         return 0
     fmt = recipe.weight.format
     return small_batch_limit(linear_query(x, out_features, in_features, fmt, recipe.activation))

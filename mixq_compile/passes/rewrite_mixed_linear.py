@@ -24,7 +24,7 @@ from mixq_compile.passes._obstacles import Obstacle
 from mixq_compile.pipeline import Decision, Pass, PassContext, WeightProvider
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.selection.statistics import input_statistics
-from mixq_compile.weights.recipe import outliers_from_codes
+from mixq_compile.weights.recipe import keeps_columns, outliers_from_codes
 
 COMPUTED = "its weight is computed, not a parameter: only parameters can be packed"
 
@@ -84,6 +84,8 @@ class RewriteMixedLinear(Pass):
 
     def _small_m(self, graph: CapturedGraph, node: Node, scheme: QuantScheme) -> int:
         if self.batch_invariant or scheme.activation is None or scheme.recipe.sums:
+            return 0
+        if scheme.outliers is not None and keeps_columns(scheme.recipe, scheme.outliers.miss):
             return 0
         x, weight = graph.value(operand(node, "input")), graph.value(operand(node, "weight"))
         out_features, in_features = weight.shape

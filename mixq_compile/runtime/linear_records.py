@@ -21,7 +21,7 @@ from mixq_compile.ops.traits import traits_of
 from mixq_compile.runtime.compilation import LinearRecord
 from mixq_compile.runtime.weight_store import STORE
 from mixq_compile.scheme import QuantScheme
-from mixq_compile.weights.recipe import outliers_from_codes
+from mixq_compile.weights.recipe import keeps_columns, outliers_from_codes
 
 aten, mixq = torch.ops.aten, torch.ops.mixq
 
@@ -53,8 +53,9 @@ def _outlier_weight_source(
     if refresh is None:
         return None
     scheme = linear.get("parameters")
-    if scheme is not None and outliers_from_codes(QuantScheme.from_json(scheme).recipe):
-        return "codes"
+    if scheme is not None and outliers_from_codes((chosen := QuantScheme.from_json(scheme)).recipe):
+        fixed = chosen.outliers is not None and keeps_columns(chosen.recipe, chosen.outliers.miss)
+        return "solved" if fixed else "codes"
     kept = all(graph.value(node).numel() for node in operand(refresh, "original"))
     return "original" if kept or quantized.target is mixq.quantize.default else "codes"
 

@@ -165,7 +165,8 @@ class MixqLinear(nn.Module):
                 state.freeze()
             chosen = state.columns()
             from_codes = recipes.outliers_from_codes(scheme.recipe)
-            source = module.dequantized_weight() if from_codes else weight
+            kept = statistics.tensors.get(recipes.KEPT) if statistics is not None else None
+            source = made.outlier_columns(scheme.weight, in_features, kept) if from_codes else weight
             module.outlier_weight[:, : len(chosen)] = source[:, chosen]
             module.cached_index[: len(chosen)] = module.index[: len(chosen)]
         return module
@@ -192,12 +193,13 @@ class MixqLinear(nn.Module):
 
     @property
     def outlier_weight_source(self) -> str | None:
-        """Where the weights of outlier columns come from: `original`, `codes`, or None without slots."""
+        """Where the weights of outlier columns come from: `original`, `codes`, `solved` beside the codes by a
+        solver that keeps them, or None without slots."""
         policy = self.scheme.outliers
         if policy is None:
             return None
         if recipes.outliers_from_codes(self.scheme.recipe):
-            return "codes"
+            return "solved" if recipes.keeps_columns(self.scheme.recipe, policy.miss) else "codes"
         fixed = bool(self.calibrated) and policy.miss in ("static", "frozen")
         return "original" if fixed or self.outlier_source.numel() else "codes"
 

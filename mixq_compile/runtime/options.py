@@ -111,9 +111,10 @@ class MixqOptions:
 
         `what_frees` begins the sentence: what frees the 16-bit weights.
         """
-        fixed = self.stats is not None and self.miss in ("static", "frozen")
         for name in (self.scheme, *(scheme for _, scheme in self.layers)):
             scheme = get_scheme(name)
+            miss = self.miss or (scheme.outliers.miss if scheme.outliers is not None else None)
+            fixed = self.stats is not None and miss in ("static", "frozen")
             if scheme.weight.bits == 4 and scheme.outliers is not None and not fixed:
                 raise OptionError(
                     f"{what_frees} the 16-bit weights, and {name} needs them for outlier columns that it "

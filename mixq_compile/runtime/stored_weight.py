@@ -78,6 +78,8 @@ class StoredWeight:
         """Writes other values into the tensors."""
         for name, tensor in self.named().items():
             tensor.copy_(fresh.named()[name])
+        if self.tensors.kept is not None and fresh.kept is not None:
+            self.tensors.kept.copy_(fresh.kept)
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by the names of operands."""
@@ -129,7 +131,10 @@ class PackedWeight:
         key = self.stored.key
         source = key.matrix(weight)
         if recipes.outliers_from_codes(key.recipe):
-            source = self.stored.tensors.dequantized(key.recipe.format, source.shape[1])
+            given = self.stored.statistics.tensors if self.stored.statistics is not None else {}
+            source = self.stored.tensors.outlier_columns(
+                key.recipe.format, source.shape[1], given.get(recipes.KEPT)
+            )
         self.outlier_weight[:, slots] = source[:, columns].to(self.outlier_weight.dtype)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mixq_compile.errors import OptionError
 from mixq_compile.ir.name_patterns import name_matches
 from mixq_compile.scheme import QuantScheme
 from mixq_compile.schemes.registry import get_scheme
 from mixq_compile.thresholds import Threshold
+from mixq_compile.weights.recipe import keeps_columns, outliers_from_codes
 
 
 @dataclass(frozen=True)
@@ -31,4 +33,18 @@ class SchemeRules:
         if instead is not None:
             found = get_scheme(instead)
         changes = {"threshold": self.threshold, "capacity": self.capacity, "miss": self.miss}
-        return found.with_outliers(**{name: value for name, value in changes.items() if value is not None})
+        chosen = found.with_outliers(**{name: value for name, value in changes.items() if value is not None})
+        _check_fixed(chosen)
+        return chosen
+
+
+def _check_fixed(scheme: QuantScheme) -> None:
+    """Raises OptionError where columns found while running could only be taken from joint 4-bit codes."""
+    policy = scheme.outliers
+    if policy is None or scheme.weight.bits > 4 or not outliers_from_codes(scheme.recipe):
+        return
+    if not keeps_columns(scheme.recipe, policy.miss):
+        raise OptionError(
+            f"scheme {scheme.name!r} keeps the columns that calibration chose, and its 4-bit codes are too "
+            f"coarse for others: its miss policy must be 'static' or 'frozen', not {policy.miss!r}."
+        )

@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixq_compile.errors import StatisticsError
 from mixq_compile.scheme import QuantScheme
-from mixq_compile.weights.recipe import MAGNITUDES, InputStatistics, needs
+from mixq_compile.selection.columns import calibrated_columns
+from mixq_compile.weights.recipe import KEPT, MAGNITUDES, InputStatistics, keeps_columns, needs
 
 IN_CHANNELS = frozenset({MAGNITUDES})
 """Statistics of the kind `channels`, which is always collected."""
@@ -64,6 +66,9 @@ def input_statistics(
         )
     factors = 1.0 if inverse is None else inverse.float().cpu()
     tensors = {name: getattr(found, name) * factors for name in names}
+    if scheme.outliers is not None and keeps_columns(scheme.recipe, scheme.outliers.miss):
+        chosen = calibrated_columns(stats, fqn, scheme, found.in_features)
+        tensors[KEPT] = torch.tensor(chosen[0] if chosen else [], dtype=torch.int64, device="cpu")
     return InputStatistics(_digest(tensors), tensors)
 
 

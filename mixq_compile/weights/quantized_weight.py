@@ -36,6 +36,8 @@ class QuantizedWeight:
     """`[K, r]`: with `right` the part of the rounding error that is kept, `x·Wᵀ ≈ x·Wqᵀ + (x·left)·right`."""
     right: Tensor | None = None
     """`[r, N]`."""
+    kept: Tensor | None = None
+    """fp32 `[N, n]`: columns that stay in 16 bit, as they were solved for beside the codes; no operand."""
 
     def named(self) -> dict[str, Tensor]:
         """The tensors that exist, by the names that operands have."""
@@ -56,4 +58,11 @@ class QuantizedWeight:
         weight = self.rounded(fmt, in_features)
         if self.left is not None and self.right is not None:
             weight = weight + (self.left.float() @ self.right.float()).T
+        return weight
+
+    def outlier_columns(self, fmt: TensorFormat, in_features: int, kept_columns: Tensor | None) -> Tensor:
+        """The fp32 weight `[N, K]` that outlier columns are taken from: kept ones as they were solved for."""
+        weight = self.dequantized(fmt, in_features)
+        if self.kept is not None and kept_columns is not None:
+            weight[:, kept_columns.to(weight.device)] = self.kept
         return weight

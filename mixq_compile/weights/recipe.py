@@ -19,6 +19,10 @@ Part = tuple[tuple[int, ...], torch.dtype]
 
 MAGNITUDES = "mean_magnitude"
 """The statistics `[K]` by which a low-rank part weighs channels, as calibration names them."""
+KEPT = "kept_columns"
+"""Columns `[n]` that stay in 16 bit in every call, among the statistics of a joint solver."""
+FIXED = ("frozen", "static")
+"""The miss policies under which the outlier columns never change."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +45,14 @@ def outliers_from_codes(recipe: WeightRecipe) -> bool:
     """Whether outlier columns come from the codes also where the original weight is at hand.
 
     They do where columns make up for each other's errors: those of an outlier column are made up for too.
+    Columns that the solver was told to keep are neither: they are solved for beside the codes.
     """
     return get_solver(recipe.solver).JOINT
+
+
+def keeps_columns(recipe: WeightRecipe, miss: str) -> bool:
+    """Whether a solver keeps the calibrated columns of such a policy, which then stand beside its codes."""
+    return miss in FIXED and get_solver(recipe.solver).JOINT
 
 
 def parts(recipe: WeightRecipe, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, Part]:
@@ -130,14 +140,16 @@ def make(
     weights = _channel_weights(recipe, matrix.shape[1], given)
     values = matrix.detach().float()
     fmt = recipe.format
-    codes, scale, zero = solver.solve(values, fmt, wanted)
+    if solver.JOINT and KEPT in given:
+        wanted[KEPT] = given[KEPT]
+    codes, scale, zero, kept = solver.solve(values, fmt, wanted)
     sums = rounding.code_sums(codes, zero, fmt) if recipe.sums else None
     left = right = None
     if recipe.low_rank is not None:
         error = (values - rounding.values(codes, scale, zero, fmt)).T
         factors = low_rank.factors(error, recipe.low_rank.rank, weights)
         left, right = (factor.to(dtype).contiguous() for factor in factors)
-    return QuantizedWeight(packing.pack(codes, fmt), scale, zero, sums, left, right)
+    return QuantizedWeight(packing.pack(codes, fmt), scale, zero, sums, left, right, kept)
 
 
 def refuse_beyond_codes(recipe: WeightRecipe, what: str) -> None:

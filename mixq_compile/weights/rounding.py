@@ -101,13 +101,18 @@ def codes_of(matrix: Tensor, scale: Tensor, zero: Tensor | None, fmt: TensorForm
     return codes.to(torch.int8 if fmt.signed else torch.uint8)
 
 
-def squared_error(matrix: Tensor, scale: Tensor, zero: Tensor | None, fmt: TensorFormat) -> Tensor:
-    """The sum of squared errors under each scale, of the scales' shape."""
+def squared_error(
+    matrix: Tensor, scale: Tensor, zero: Tensor | None, fmt: TensorFormat, moments: Tensor | None = None
+) -> Tensor:
+    """The sum of squared errors under each scale, of the scales' shape; `moments` `[K]` weigh columns."""
     codes = _float_codes(matrix, scale, zero, fmt)
     if zero is not None:
         codes -= _column(zero, codes.dtype)
     difference = codes * _steps(scale, fmt, matrix.dtype) - _grouped(matrix, fmt)
-    return difference.square_().sum(dim=-1).reshape(scale.shape)
+    errors = difference.square_()
+    if moments is not None:
+        errors *= _grouped(moments[None].to(errors.dtype), fmt)
+    return errors.sum(dim=-1).reshape(scale.shape)
 
 
 def _float_codes(matrix: Tensor, scale: Tensor, zero: Tensor | None, fmt: TensorFormat) -> Tensor:

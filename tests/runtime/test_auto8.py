@@ -68,7 +68,7 @@ def test_backend_and_swap_compute_the_same(stats: CalibrationStats) -> None:
     assert {linear.outlier_weight_source for linear in mixq.report(swapped).quantized} == {"codes"}
 
 
-@pytest.mark.parametrize("miss", ["exact", "static", "per_call"])
+@pytest.mark.parametrize("miss", ["exact", "lazy", "per_call"])
 def test_outlier_columns_are_those_of_the_codes(stats: CalibrationStats, miss: str) -> None:
     """An original column would be made up for by the others, for an error that it does not have."""
     model = mixq.quantize(Two().eval(), "auto8", stats=stats, miss=miss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from mixq_compile.formats import TensorFormat
 from mixq_compile.scheme import WeightRecipe
 from mixq_compile.weights import rounding
 from mixq_compile.weights.recipe import make
-from mixq_compile.weights.solvers import error_feedback
+from mixq_compile.weights.solvers import clipped_feedback, error_feedback
 
 FORMATS = ("int8", "int4", "int4/16", "uint4/16", "uint8", "int2/16", "uint4", "int4/64", "int4/100")
 
@@ -63,7 +65,7 @@ def oracle(matrix: Tensor, fmt: TensorFormat, moment: Tensor) -> Tensor:
 
 
 def values(matrix: Tensor, fmt: TensorFormat, moment: Tensor) -> Tensor:
-    return rounding.values(*error_feedback.solve(matrix, fmt, {"gram": moment}), fmt)
+    return rounding.values(*error_feedback.solve(matrix, fmt, {"gram": moment})[:3], fmt)
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -98,7 +100,7 @@ def test_independent_inputs_leave_nothing_to_make_up_for() -> None:
 def test_channels_that_no_input_reaches_are_rounded_to_nearest() -> None:
     fmt, matrix, x = TensorFormat(8), weight(16, 96), inputs(96)
     x[:, [3, 95]] = 0
-    codes, scale, _ = error_feedback.solve(matrix, fmt, {"gram": gram(x)})
+    codes, scale, *_ = error_feedback.solve(matrix, fmt, {"gram": gram(x)})
     nearest = rounding.codes_of(matrix, scale, None, fmt)
     assert torch.equal(codes[:, [3, 95]], nearest[:, [3, 95]])
     assert not torch.equal(codes, nearest)
@@ -139,3 +141,52 @@ def test_a_weight_that_is_not_finite_is_rounded_as_ever() -> None:
     found = values(matrix, TensorFormat(8), torch.eye(32))
     assert found[2].isnan().all()
     assert found[[0, 1, 3]].isfinite().all()
+
+
+KEPT = [3, 92, 94, 95]
+
+
+def with_kept(fmt: TensorFormat, matrix: Tensor, moment: Tensor, solver: Any = error_feedback) -> Tensor:
+    """The weight `[N, K]` of codes and kept columns."""
+    found = solver.solve(matrix, fmt, {"gram": moment, "kept_columns": torch.tensor(KEPT)})
+    rounded = rounding.values(found.codes, found.scale, found.zero, fmt)
+    rounded[:, KEPT] = found.kept
+    return rounded
+
+
+def test_kept_columns_are_the_best_for_the_codes_beside_them() -> None:
+    """What is left of the others' errors is projected onto the kept ones: least squares in float64."""
+    fmt, matrix, x = TensorFormat(4), weight(24, 96), inputs(96)
+    found = with_kept(fmt, matrix, gram(x)).double()
+    rest = [column for column in range(96) if column not in KEPT]
+    moment = gram(x).double()
+    moment += torch.eye(96) * 0.01 * moment.diagonal().mean()
+    lost = (matrix.double() - found)[:, rest]
+    best = matrix.double()[:, KEPT] + lost @ moment[rest][:, KEPT] @ torch.linalg.inv(moment[KEPT][:, KEPT])
+    assert (found[:, KEPT] - best).norm() < 1e-3 * best.norm()
+    assert (found[:, KEPT] - matrix[:, KEPT]).norm() > 0.01 * best.norm(), "they made up for nothing"
+
+
+@pytest.mark.parametrize("solver", [error_feedback, clipped_feedback], ids=["error", "clipped"])
+def test_kept_columns_lower_the_error(solver: Any) -> None:
+    fmt, matrix, x = TensorFormat(4), weight(64, 96), inputs(96)
+    exact, moment = x @ matrix.T, gram(x)
+    whole = rounding.values(*solver.solve(matrix, fmt, {"gram": moment})[:3], fmt)
+    originals = whole.clone()
+    originals[:, KEPT] = matrix[:, KEPT]
+    found = with_kept(fmt, matrix, moment, solver)
+    errors = [(x @ each.T - exact).norm() for each in (found, whole, originals)]
+    assert errors[0] < 0.9 * min(errors[1:]), errors
+
+
+def test_clipped_scales_are_weighed_by_the_inputs() -> None:
+    """A large weight of a channel that hardly speaks is clipped for the sake of the others."""
+    fmt, matrix = TensorFormat(4), weight(16, 64)
+    matrix[:, 5] *= 8
+    quiet = torch.ones(64)
+    quiet[5] = 1e-6
+    scales = [
+        clipped_feedback.solve(matrix, fmt, {"gram": torch.diag(each)}).scale
+        for each in (quiet, torch.ones(64))
+    ]
+    assert float((scales[0] < 0.7 * scales[1]).double().mean()) > 0.5

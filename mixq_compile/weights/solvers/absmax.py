@@ -8,13 +8,12 @@ from torch import Tensor
 
 from mixq_compile.formats import TensorFormat
 from mixq_compile.weights import rounding
+from mixq_compile.weights.solvers.registry import Solution
 
 NEEDS: tuple[str, ...] = ()
 JOINT = False
 
 
-def solve(
-    matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def solve(matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor]) -> Solution:
     """Codes, scales and zero points of a weight `[N, K]`: rounded to nearest."""
-    return rounding.rounded(matrix, fmt)
+    return Solution(*rounding.rounded(matrix, fmt))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixq_compile.formats import TensorFormat
 from mixq_compile.weights import rounding
+from mixq_compile.weights.solvers.registry import Solution
 
 NEEDS: tuple[str, ...] = ()
 JOINT = False
@@ -17,20 +18,26 @@ SMALLEST = 0.5
 """The narrowest range, as a part of the whole one."""
 
 
-def solve(
-    matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def solve(matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor]) -> Solution:
     """Codes, scales and zero points of a weight `[N, K]`; values beyond the chosen range are clipped."""
+    scale, zero = narrowed(matrix, fmt)
+    return Solution(rounding.codes_of(matrix, scale, zero, fmt), scale, zero)
+
+
+def narrowed(
+    matrix: Tensor, fmt: TensorFormat, moments: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The scales and zero points of the smallest squared error, in which `moments` `[K]` weigh columns."""
     low, high = rounding.extremes(matrix, fmt)
     best = rounding.scale_of(low, high, fmt)
     best_error = torch.full(low.shape, torch.inf, dtype=low.dtype, device=low.device)
     for ratio in _ratios(fmt):
         scale, zero = rounding.scale_of(low * ratio, high * ratio, fmt)
-        error = rounding.squared_error(matrix, scale, zero, fmt)
+        error = rounding.squared_error(matrix, scale, zero, fmt, moments)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = _where(better, scale, best[0]), None if zero is None else _where(better, zero, best[1])
-    return rounding.codes_of(matrix, *best, fmt), *best
+    return best
 
 
 def _ratios(fmt: TensorFormat) -> list[float]:

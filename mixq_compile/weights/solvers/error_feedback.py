@@ -7,7 +7,7 @@ in proportion to row i of U.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from mixq_compile.errors import StatisticsError
 from mixq_compile.formats import TensorFormat
 from mixq_compile.weights import rounding
+from mixq_compile.weights.solvers.registry import Solution
 
 NEEDS: tuple[str, ...] = ("gram",)
 JOINT = True
@@ -25,32 +26,53 @@ DAMPING = 0.01
 MOST_DAMPING = 1.0
 
 
+Scales = Callable[[Tensor, TensorFormat, Tensor], tuple[Tensor, Tensor | None]]
+"""Scales and zero points of some columns `[N, k]`, whose inputs have these second moments `[k]`."""
+
+
+def widest(columns: Tensor, fmt: TensorFormat, moments: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scales that clip nothing."""
+    return rounding.scale_of(*rounding.extremes(columns, fmt), fmt)
+
+
 def solve(
-    matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor], scales: Scales = widest
+) -> Solution:
     """Codes, scales and zero points of a weight `[N, K]`, of which `gram` `[K, K]` weighs the errors.
 
     With one scale a row, the original weight's, the channels with the largest inputs come first, since those
     behind make up for them. Scales of groups are found when their first column comes, of what the columns
-    before have left there. Columns that no input reaches are rounded to nearest. Raises StatisticsError where
-    the second moment is of another width, or not finite.
+    before have left there. Columns that no input reaches are rounded to nearest. With `kept_columns` `[n]`
+    those stay in 16 bit in every call: they come last, make up for all others, and are returned as they are
+    then. Raises StatisticsError where the second moment is of another width, or not finite.
     """
-    if not bool(torch.isfinite(matrix).all()):
-        return rounding.rounded(matrix, fmt)  # whose NaN stays in its rows
+    kept = inputs.get("kept_columns")
+    if not bool(torch.isfinite(matrix).all()):  # whose NaN stays in its rows
+        return Solution(*rounding.rounded(matrix, fmt), None if kept is None else matrix[:, kept])
     gram = _checked(inputs["gram"], matrix.shape[1]).to(matrix.device)
     if fmt.group is not None:
-        return _solve(matrix, fmt, gram)
+        if kept is not None:
+            raise StatisticsError(f"columns are kept beside one scale a row, not beside {fmt}.")
+        return _solve(matrix, fmt, gram, matrix.shape[1], scales)
     order = gram.diagonal().argsort(descending=True, stable=True)
-    codes, scale, zero = _solve(matrix[:, order], fmt, gram[order][:, order])
-    return codes[:, order.argsort()], scale, zero
+    count = matrix.shape[1]
+    if kept is not None:
+        is_kept = torch.zeros(count, dtype=torch.bool, device=matrix.device)
+        is_kept[kept.to(matrix.device)] = True
+        order = torch.cat((order[~is_kept[order]], kept.to(order)))
+        count -= len(kept)
+    found = _solve(matrix[:, order], fmt, gram[order][:, order], count, scales)
+    return found._replace(codes=found.codes[:, order.argsort()])
 
 
-def _solve(matrix: Tensor, fmt: TensorFormat, gram: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    columns = matrix.shape[1]
+def _solve(matrix: Tensor, fmt: TensorFormat, gram: Tensor, columns: int, scales: Scales) -> Solution:
+    """The first `columns` rounded one by one; those behind are kept, and rounded at the end as they are."""
     upper = _feedback(gram)
+    moments = gram.diagonal()
     left = matrix.double()
     size = min(fmt.group or columns, columns)
-    codes, scales, zeros = [], [], []
+    codes, found, zeros = [], [], []
+    scale = zero = None
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         errors = torch.zeros_like(left[:, start:end])
@@ -62,9 +84,10 @@ def _solve(matrix: Tensor, fmt: TensorFormat, gram: Tensor) -> tuple[Tensor, Ten
                     group = torch.cat((left[:, place:end], left[:, ahead] - pending), dim=1)[:, :size]
                 else:
                     group = left[:, place : place + size]
-                scale, zero = rounding.scale_of(*rounding.extremes(group.float(), _one(fmt)), _one(fmt))
-                scales.append(scale)
+                scale, zero = scales(group.float(), _one(fmt), moments[place : place + size])
+                found.append(scale)
                 zeros.append(zero)
+            assert scale is not None
             column = left[:, place : place + 1]
             code = rounding.codes_of(column.float(), scale, zero, _one(fmt))
             value = rounding.values(code, scale, zero, _one(fmt)).double()
@@ -73,10 +96,14 @@ def _solve(matrix: Tensor, fmt: TensorFormat, gram: Tensor) -> tuple[Tensor, Ten
             errors[:, place - start : place - start + 1] = error
             codes.append(code)
         left[:, end:] -= errors @ upper[start:end, end:]
+    kept = left[:, columns:].float()
+    if kept.shape[1]:
+        assert scale is not None, "one scale a row"
+        codes.append(rounding.codes_of(kept, scale, zero, _one(fmt)))
     shape = fmt.scale_shape(*matrix.shape)
-    found = torch.stack(scales, dim=1).reshape(shape)
+    all_scales = torch.stack(found, dim=1).reshape(shape)
     all_zeros = None if fmt.signed else torch.stack([z for z in zeros if z is not None], dim=1).reshape(shape)
-    return torch.cat(codes, dim=1), found, all_zeros
+    return Solution(torch.cat(codes, dim=1), all_scales, all_zeros, kept if kept.shape[1] else None)
 
 
 def _one(fmt: TensorFormat) -> TensorFormat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor
 
@@ -13,6 +13,17 @@ from mixq_compile.formats import TensorFormat
 from mixq_compile.scheme import SOLVERS
 
 _PACKAGE = __name__.rpartition(".")[0]
+
+
+class Solution(NamedTuple):
+    """What a solver finds for a weight `[N, K]`."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    """As `rounding.rounded` returns them."""
+    kept: Tensor | None = None
+    """[N, n]: the columns that stay in 16 bit, as they make up for the others; None where none was named."""
 
 
 class Solver(Protocol):
@@ -24,12 +35,11 @@ class Solver(Protocol):
     """Whether columns make up for each other's errors: one taken from the original weight would then be made
     up for without need, so that outlier columns come from the codes."""
 
-    def solve(
-        self, matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes, scales and zero points of a weight `[N, K]` in fp32, as `rounding.rounded` returns them.
+    def solve(self, matrix: Tensor, fmt: TensorFormat, inputs: Mapping[str, Tensor]) -> Solution:
+        """Codes, scales and zero points of a weight `[N, K]` in fp32.
 
-        `inputs` has the statistics in `NEEDS` and no others.
+        `inputs` has the statistics in `NEEDS` and no others, but that joint solvers are told
+        `kept_columns` `[n]` where columns stay in 16 bit in every call.
         """
         ...
 
