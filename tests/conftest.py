@@ -1,9 +1,11 @@
-"""Every test runs offline, and no test class is silently empty."""
+"""Every test runs offline, no test class is silently empty, and what was skipped is said in one line."""
 
 import os
 from collections.abc import Generator
+from typing import Any
 
 import pytest
+from skipped import skipped_for
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -18,3 +20,11 @@ def pytest_make_collect_report(
         report.outcome = "failed"
         report.longrepr = f"{collector.nodeid} is named like a test class, but no test was collected from it"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = terminalreporter.stats.get("skipped", ())
+    reasons = (report.longrepr[2] if isinstance(report.longrepr, tuple) else "" for report in reports)
+    line = skipped_for(reasons)
+    if line:
+        terminalreporter.write_line(line)

