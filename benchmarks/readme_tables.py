@@ -162,8 +162,8 @@ def breakdown() -> str:
             f"One linear with 128 outlier columns, {_where(found)} (`mixq bench breakdown`):",
             _markdown(["N × K", "M", "bf16", *stages], fused),
             "What the exact policy costs over `static` where no call misses, and the mean time of a call "
-            "where so many percent of them meet a new outlier column. The spread is from the fastest tenth of "
-            "one against the slowest tenth of the other to the reverse: where it holds zero, nothing was "
+            "where so many percent of them meet a new outlier column. The spread is from the fastest tenth "
+            "of one against the slowest tenth of the other to the reverse: where it holds zero, nothing was "
             "measured but noise, and a negative cost is none that is saved:",
             _markdown(["N × K", "M", "exact", "spread", *(f"{percent} %" for percent in percents)], missed),
         ]
