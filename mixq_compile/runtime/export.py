@@ -83,6 +83,7 @@ def compile(
             "To compile the model itself, use torch.compile(model, backend='mixq')."
         )
     chosen = MixqOptions.from_user(options={"release_weights": True, **options, "pipeline": pipeline})
+    chosen.warn_of_missing_statistics(stacklevel=2)
     args, kwargs = _arguments(example) if example is not None else (program.example_inputs or ((), {}))
     if not args and not kwargs:
         raise MixqError("the program has no example inputs to export the result with: pass example=.")
