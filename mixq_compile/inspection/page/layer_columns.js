@@ -9,16 +9,17 @@ const COST_ROWS = ["1", "256", "2048"];
 function layerColumns(model, layers) {
   const quantities = [
     schemeColumn(layers),
+    errorColumn(),
+    outlierColumn(layers),
+    bytesColumn(),
+    shapeColumn(),
     kernelColumn(),
     bitsColumn(),
-    shapeColumn(),
-    outlierColumn(layers),
-    errorColumn(),
-    bytesColumn(),
     ...COST_ROWS.filter((rows) => layers.some((layer) => layer.costs[rows])).map(costColumn),
     areaColumn(layers),
   ];
-  return [...passColumns(model), ...quantities.filter((column) => column !== null)];
+  const shown = quantities.filter((column) => column !== null);
+  return taste.foldPasses ? shown : [...shown, ...passColumns(model)];
 }
 
 function passColumns(model) {
