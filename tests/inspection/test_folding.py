@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import mixq_compile as mixq
+from mixq_compile.inspection.layer_tables import cost_table
+from mixq_compile.inspection.layers import layers_of
 from mixq_compile.inspection.text import print_history
 from mixq_compile.runtime.report_tables import LinearReport, Report
 
@@ -101,3 +104,17 @@ def test_explain_shows_layers_that_are_alike_once(tmp_path: Path):
     # The first layer differs: a guard call stood before it.
     assert result.output.count(f"layers.*.up_proj ×{LAYERS - 1}") == 1
     assert result.output.count("computed by") == 2
+
+
+def test_the_measured_ratio_stands_beside_the_roofline():
+    _, history = mixq.compile(mixq.capture(model(), (torch.randn(2, FEATURES),)), force=True)
+    layers = [
+        replace(layer, scheme=None, skip="not faster with cpu: 0.08x at 2 rows")
+        if layer.fqn.endswith("up_proj") else layer
+        for layer in layers_of(history)
+    ]  # fmt: skip
+    legend = cost_table(layers, each=False).legend
+    assert legend == (
+        f"measured, everything included: layers.*.up_proj ×{LAYERS} not faster with cpu: 0.08x at 2 rows"
+    )
+    assert cost_table(layers_of(history), each=False).legend == ""
