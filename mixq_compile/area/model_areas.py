@@ -121,11 +121,23 @@ def mean_sqnr(values: Iterable[float | None]) -> float | None:
     return -10 * math.log10(noise) if noise else math.inf
 
 
+def is_error(sqnr_db: float | None) -> bool:
+    """True for a measured error; false where none was measured, or there is none: an infinite SQNR."""
+    return sqnr_db is not None and math.isfinite(sqnr_db)
+
+
 def pareto_front(totals: Iterable[SchemeTotal]) -> list[str]:
-    """The schemes with a measured error that no other one beats in both area × cycles and error."""
+    """The schemes with a measured error that no other one beats in both area × cycles and error.
+
+    One that makes no error at all, as the one that changes nothing, has none to compare.
+    """
     front: list[str] = []
     best = -math.inf
-    measured = [(total.area_cycles, -total.sqnr_db, total) for total in totals if total.sqnr_db is not None]
+    measured = [
+        (total.area_cycles, -float(total.sqnr_db or 0.0), total)
+        for total in totals
+        if is_error(total.sqnr_db)
+    ]
     for _, negative, total in sorted(measured, key=lambda entry: entry[:2]):
         if -negative > best:
             best = -negative

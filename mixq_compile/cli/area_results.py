@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixq_compile.area.comparison import ORDERS, Comparison, Model
-from mixq_compile.area.model_areas import Layer, ModelAreas, draw, pareto_front
+from mixq_compile.area.model_areas import Layer, ModelAreas, draw, is_error, pareto_front
 from mixq_compile.area.published import CAVEATS, SETTING, SOURCE, published_area
 from mixq_compile.area.report import rounded
 from mixq_compile.benchmarking.results import NO_MATPLOTLIB, Table
@@ -70,6 +70,10 @@ def model_document(model: str, areas: ModelAreas, notes: Sequence[str]) -> AreaD
     return AreaDocument(title, tuple(said), ((_totals(areas), 1), (_linears(areas), 2)))
 
 
+def _decibel(sqnr_db: float) -> str:
+    return f"{sqnr_db:.1f}" if is_error(sqnr_db) else "n/a"
+
+
 def _totals(areas: ModelAreas) -> Table:
     totals = areas.totals()
     base = next((total.area_cycles for total in totals if total.scheme == "fp16"), None)
@@ -82,7 +86,7 @@ def _totals(areas: ModelAreas) -> Table:
             rounded(total.area_cycles),
             "–" if base is None else f"{total.area_cycles / base:.2f}",
             rounded(total.energy_pj / PICOJOULES_IN_MICROJOULE),
-            ("–" if total.sqnr_db is None else f"{total.sqnr_db:.1f}")
+            ("–" if total.sqnr_db is None else _decibel(total.sqnr_db))
             + (" *" if total.scheme in front else ""),
         )
         for total in totals
@@ -90,7 +94,8 @@ def _totals(areas: ModelAreas) -> Table:
     columns = ("scheme", "area", "cycles", "area×cycles", "÷ FP16", "energy µJ", "SQNR dB")
     note = (
         "area: of the circuit for the largest linear; cycles, area×cycles and energy: sums over the linears; "
-        "SQNR: of their mean noise; *: no other measured scheme is better in both."
+        "SQNR: of their mean noise (n/a: not applicable, it makes none); *: no other measured scheme is "
+        "better in both."
     )
     return Table("all linears", columns, rows, note)
 
@@ -134,7 +139,7 @@ def _range(values: Sequence[Any], text: Callable[[Any], str]) -> str:
 
 
 def _errors(layers: Sequence[Layer], scheme: str) -> str:
-    return _range([layer.sqnr_db.get(scheme) for layer in layers], lambda value: f"{value:.1f}")
+    return _range([layer.sqnr_db.get(scheme) for layer in layers], _decibel)
 
 
 def comparison_document(found: Comparison) -> AreaDocument:

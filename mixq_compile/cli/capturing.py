@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -99,9 +100,20 @@ def capture_model(
         return _from_file(source, path)
     if source in MODELS or not weights or _lacks_weights(path):
         return _without_weights(source, path, device, dtype, batch)
+    _check_shape_name(source, path)
     loaded = load_model(source, device, dtype)
     example = loaded.example if loaded.example is not None else _example(loaded, batch)
     return _export(source, loaded.model, example, has_weights=True)
+
+
+def _check_shape_name(source: str, path: Path) -> None:
+    """Raises OptionError for what looks like a misspelt known shape."""
+    near = difflib.get_close_matches(source.lower(), MODELS, n=1, cutoff=0.75)
+    if near and "/" not in source and not path.exists():
+        raise OptionError(
+            f"no model {source!r}. Did you mean {near[0]!r}? Known shapes, which need no weights: "
+            f"{', '.join(MODELS)}. Anything else is a Hugging Face directory or hub name, or module:function."
+        )
 
 
 def _lacks_weights(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,12 +12,14 @@ from mixq_compile.cli.inspection_options import CaptureOptions, InspectedModel, 
 from mixq_compile.cli.layers import chosen_layers
 from mixq_compile.cli.options import Json
 from mixq_compile.cli.output import console, print_json
+from mixq_compile.inspection.alike import group_alike
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mixq_compile.inspection.explanation import Explanation
 
+_NUMBER = re.compile(r"(_?\d+)+")
 MARKS = {"applied": ("✓", "green"), "skipped": ("✗", "yellow"), "noted": ("·", "dim")}
 
 
@@ -39,7 +42,7 @@ def explain(
     """Explain what became of a layer: every decision in order, with its reason, figures and Python line.
 
     Shows too what computes the layer in the end, which passes made those nodes, and what it costs before
-    and after.
+    and after. Layers that are alike but for numbers in their names are explained in one.
 
     Example: [bold]mixq explain MODEL lm_head[/bold]  ·  [bold]mixq explain MODEL '*.layers.0.*down_proj'
     --scheme w4a8o16[/bold]
@@ -53,14 +56,26 @@ def explain(
     if json:
         print_json([explanation.to_json() for explanation in explanations])
         return
-    for explanation in explanations:
-        _print(explanation, console())
+    by_name = {explanation.layer.fqn: explanation for explanation in explanations}
+    for group in group_alike({fqn: _outcome(explanation) for fqn, explanation in by_name.items()}):
+        _print(by_name[group.fqns[0]], group.label, console())
 
 
-def _print(explanation: Explanation, target: Console) -> None:
+def _outcome(explanation: Explanation) -> tuple[Any, ...]:
+    """What layers have in common that are explained in one."""
+    layer = explanation.layer
+    # Numbers in reasons are those of nodes and of layers.
+    steps = tuple(
+        (step.index, step.decision.verdict, _NUMBER.sub("*", step.decision.reason))
+        for step in explanation.steps
+    )
+    return layer.out_features, layer.in_features, layer.scheme, layer.kernel, layer.skip, steps
+
+
+def _print(explanation: Explanation, label: str, target: Console) -> None:
     layer = explanation.layer
     shape = f"{layer.out_features}×{layer.in_features} {layer.dtype}" if layer.out_features else "no matrix"
-    target.print(f"\n{layer.fqn}", style="bold", markup=False, end="")
+    target.print(f"\n{label}", style="bold", markup=False, end="")
     target.print(f"  {layer.role}, {shape}", markup=False)
     if layer.where:
         target.print(f"  {layer.where}", style="dim", markup=False, soft_wrap=True)

@@ -14,6 +14,8 @@ from mixq_compile.inspection.layers import LayerSummary
 MEBIBYTE = 2**20
 SQNR_STEP = 0.1
 KILO = 1000
+NOT_FASTER = "not faster"
+"""How the reason begins of a linear that was left alone by measured speeds."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,14 @@ def cost_table(layers: Sequence[LayerSummary], *, each: bool) -> LayerTable:
     }
     columns = tuple(f"M = {rows}" for rows in ROWS)
     title = "expected µs by a roofline, before → after quantization, at M rows"
-    return LayerTable(title, ("layer", *columns), _rows(cells, each=each))
+    return LayerTable(title, ("layer", *columns), _rows(cells, each=each), _measured(layers))
+
+
+def _measured(layers: Sequence[LayerSummary]) -> str:
+    """The ratios that decided, where they were measured: a roofline holds the product alone."""
+    slow = {layer.fqn: layer.skip for layer in layers if layer.skip and layer.skip.startswith(NOT_FASTER)}
+    told = [f"{group.label} {slow[group.fqns[0]]}" for group in group_alike(slow)]
+    return f"measured, everything included: {'; '.join(told)}" if told else ""
 
 
 def _groups(cells: dict[str, tuple[str, ...]], *, each: bool) -> list[Alike]:

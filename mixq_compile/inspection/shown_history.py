@@ -16,15 +16,21 @@ from mixq_compile.pipeline import History
 class ShownHistory(History):
     """What a pipeline did, as a value that can show itself."""
 
+    model: str = ""
+    """The class of the model, where it is known: the title of its report."""
+
     @classmethod
-    def of(cls, history: History) -> ShownHistory:
+    def of(cls, history: History, model: str = "") -> ShownHistory:
         """The same history, with views."""
-        return cls(history.pipeline, history.initial, history.records)
+        return cls(history.pipeline, history.initial, history.records, model)
 
     def print(self) -> None:
         """Prints the table of passes to the terminal."""
         print_history(self)
 
     def save_html(self, path: str | os.PathLike[str], model: str = "") -> None:
-        """Writes a report that a browser opens without a network; `model` is its title."""
-        save_html(Inspection(model, "", (InspectedGraph.of(self),)), Path(path))
+        """Writes a report that a browser opens without a network; `model` is its title.
+
+        Without one it is the class of the model.
+        """
+        save_html(Inspection(model or self.model, "", (InspectedGraph.of(self),)), Path(path))

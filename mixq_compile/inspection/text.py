@@ -81,16 +81,20 @@ def history_table(history: History) -> RenderableType:
 
     table = Table(caption=_caption(history), caption_justify="left")
     table.add_column("#", justify="right")
-    table.add_column("pass", overflow="fold")
+    names = [record.spec.partition("{")[0] for record in history.records]
+    # A name is never broken; what options stand behind it may be.
+    table.add_column("pass", overflow="fold", min_width=max(map(len, names), default=4))
     for heading in ("ms", "nodes", "applied", "skipped", "noted"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("findings", overflow="fold")
+    has_findings = any(map(_findings, history.records))
+    if has_findings:
+        table.add_column("findings", overflow="fold")
     if history.initial is not None:
         table.add_row("0", Text("as captured", style="dim"), "", str(len(history.initial.rows)))
     for record in history.records:
         counts = (str(record.count(verdict) or "") for verdict in ("applied", "skipped", "noted"))
         cells = (str(record.index), record.spec, f"{record.milliseconds:.1f}", node_changes(record), *counts)
-        table.add_row(*(Text(cell) for cell in cells), Text(_findings(record)))
+        table.add_row(*(Text(cell) for cell in (*cells, *([_findings(record)] if has_findings else []))))
     return table
 
 

@@ -135,7 +135,9 @@ class SelectScheme(Pass):
         fqn = view.fqn or ""
         # Who names a linear and a scheme for it means it, whatever its name says.
         named = names_explicitly(fqn, [entry.rpartition("=")[0] for entry in self.layers])
-        role, ignore = (OTHER, ()) if named else (view.role or OTHER, self.ignore)
+        # That a head is tied says more than that it is one.
+        role = OTHER if named or id(weight) in embedded else view.role or OTHER
+        ignore = () if named else self.ignore
         reason = ineligible(fqn, role, weight, ignore)
         if reason is None and id(weight) in embedded:
             return Obstacle("its weight is tied to an embedding", tuple(embedded[id(weight)]))

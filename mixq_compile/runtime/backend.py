@@ -44,6 +44,7 @@ def mixq_backend(
         chosen = MixqOptions.from_user(mode, options)
     except MixqError as error:
         raise torch_compat.passed_on(error) from error.__cause__
+    chosen.warn_of_missing_statistics(stacklevel=2)
     if torch_compat.freezing_is_on():
         warnings.warn(
             "torch._inductor.config.freezing bakes packed weights into the compiled code: turn it off.",

@@ -18,6 +18,7 @@ from mixq_compile.inspection.shown_history import ShownHistory
 from mixq_compile.ir.graph import CapturedGraph
 from mixq_compile.pipeline import History, PassContext
 from mixq_compile.runtime.linear_records import is_product
+from mixq_compile.runtime.observation import model_name
 from mixq_compile.runtime.options import MixqOptions
 from mixq_compile.runtime.plan import default_pipeline, pipeline_for
 from mixq_compile.runtime.weight_store import WeightStore
@@ -83,10 +84,12 @@ def compile(
             "To compile the model itself, use torch.compile(model, backend='mixq')."
         )
     chosen = MixqOptions.from_user(options={"release_weights": True, **options, "pipeline": pipeline})
+    chosen.warn_of_missing_statistics(stacklevel=2)
     args, kwargs = _arguments(example) if example is not None else (program.example_inputs or ((), {}))
     if not args and not kwargs:
         raise MixqError("the program has no example inputs to export the result with: pass example=.")
     graph = CapturedGraph.from_export(program)
+    model = model_name(graph)
     context = PassContext(stats=chosen.stats, weights=WeightStore())
     default = default_pipeline(graph, ordinary="aot")
     # What is made in inference mode cannot be written outside of it, and calls write the outlier states.
@@ -98,7 +101,7 @@ def compile(
         rewritten = torch.export.export(
             graph.module, args, kwargs, dynamic_shapes=dynamic_shapes_of(program, args, kwargs), strict=False
         )
-    return rewritten, ShownHistory.of(history)
+    return rewritten, ShownHistory.of(history, model)
 
 
 def _warn_if_idle(graph: CapturedGraph, history: History) -> None:

@@ -67,7 +67,7 @@ def _add_to_report(path: Path, graph: CapturedGraph, history: History) -> None:
     taken = sum(known.name.partition(" (")[0] == name for _, _, known in compilations)
     label = f"{name} ({taken + 1})" if taken else name
     inspected = InspectedGraph.of(history, label, _figures(graph))
-    compilations.append((_model_name(graph), _inputs(graph), inspected))
+    compilations.append((model_name(graph), _inputs(graph), inspected))
     models = dict.fromkeys(model for model, _, _ in compilations if model)
     milliseconds = sum(record.milliseconds for *_, known in compilations for record in known.history.records)
     inspection = Inspection(
@@ -94,7 +94,7 @@ def _inputs(graph: CapturedGraph) -> str:
     return ", ".join(f"{node.name} {describe(graph.value(node))}".strip() for node in _user_inputs(graph))
 
 
-def _model_name(graph: CapturedGraph) -> str:
+def model_name(graph: CapturedGraph) -> str:
     """The class of the outermost module that the graph's nodes name; empty where they name only torch's.
 
     Dynamo leaves out the model itself.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,20 @@ class MixqOptions:
                     f"{what_frees} the 16-bit weights, and {name} needs them for outlier columns that it "
                     "finds while running: 4-bit codes are too coarse for those. Calibrate, and pass stats "
                     "with miss='static'; or keep the 16-bit weights."
+                )
+
+    def warn_of_missing_statistics(self, stacklevel: int) -> None:
+        """Warns of schemes that quantize activations to 4 bit where no statistics choose their columns."""
+        if self.stats is not None:
+            return
+        for name in dict.fromkeys([self.scheme, *(scheme for _, scheme in self.layers)]):
+            activation = get_scheme(name).activation
+            if activation is not None and activation.bits == 4:
+                warnings.warn(
+                    f"mixq: {name} quantizes activations to 4 bit, and no stats were given: its 16-bit "
+                    "columns are found by magnitude alone while the model runs, which costs accuracy. "
+                    "Calibrate: stats=mixq_compile.calibrate(model, batches).",
+                    stacklevel=stacklevel + 1,
                 )
 
     @property

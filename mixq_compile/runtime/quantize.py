@@ -65,6 +65,7 @@ def quantize(
         if name not in ALLOWED:
             raise OptionError(f"quantize takes no option {name!r}. Valid: {', '.join(ALLOWED)}.")
     chosen = MixqOptions.from_user(options={"scheme": scheme, "force": True, **options})
+    chosen.warn_of_missing_statistics(stacklevel=2)
     if not keep_originals:
         chosen.check_codes_only("quantize without keep_originals frees")
     elif outliers_from_codes(get_scheme(chosen.scheme).recipe):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
+
+from mixq_compile.inspection.alike import group_alike
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,14 @@ class Report:
         """The report as JSON-able data."""
         return asdict(self)
 
-    def _lines(self) -> Iterator[str]:
+    def text(self, *, each: bool = False) -> str:
+        """The report as text; linears that are alike but for numbers in their names share a line.
+
+        With `each` every linear has one of its own.
+        """
+        return "\n".join(self._lines(each))
+
+    def _lines(self, each: bool) -> Iterator[str]:
         before = sum(linear.bytes_before for linear in self.quantized)
         after = sum(linear.bytes_after for linear in self.quantized)
         kept = sum(linear.bytes_before for linear in self.quantized if linear.float_weight_kept)
@@ -93,19 +102,8 @@ class Report:
                 "writes to their weights through .data are seen within about "
                 f"{self.calls_until_seen} calls, by mixq_compile.refresh(model) at once"
             )
-        width = max([len(linear.fqn) for linear in self.linears] + [6])
         yield ""
-        yield f"{'linear':{width}}  {'N x K':>13}  {'scheme':8}  {'kernel':6}  outliers  overflow"
-        for linear in self.linears:
-            shape = f"{linear.out_features} x {linear.in_features}"
-            if linear.scheme is None:
-                yield f"{linear.fqn:{width}}  {shape:>13}  left alone: {linear.skip}"
-                continue
-            outliers = f"{len(linear.outlier_columns)}/{linear.capacity}"
-            yield (
-                f"{linear.fqn:{width}}  {shape:>13}  {linear.scheme:8}  {linear.kernel or 'auto':6}  "
-                f"{outliers:>8}  {linear.overflow:>8}"
-            )
+        yield from _table(self.linears, each=each)
         for fallback in self.fallbacks:
             yield f"a graph was compiled unquantized: {fallback}"
         yield from self.kept
@@ -113,11 +111,56 @@ class Report:
             yield f"advice: {advice}"
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return self.text()
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         return report_html(self)
+
+
+def _table(linears: Sequence[LinearReport], *, each: bool) -> Iterator[str]:
+    """Lines of a table whose columns are as wide as what stands in them."""
+    groups = group_alike({linear.fqn: _kind(linear, linear.fqn if each else "") for linear in linears})
+    by_name = {linear.fqn: linear for linear in linears}
+    members = [[by_name[fqn] for fqn in group.fqns] for group in groups]
+    texts = [COLUMNS, *(_texts(group.label, alike) for group, alike in zip(groups, members, strict=True))]
+    widths = [max(len(row[place]) for row in texts if place < len(row)) for place in range(len(COLUMNS))]
+    left_alone = [None, *(alike[0].skip if alike[0].scheme is None else None for alike in members)]
+    for row, skip in zip(texts, left_alone, strict=True):
+        shown = [*row[:2], f"left alone: {skip}"] if skip is not None else row
+        cells = (
+            text if place >= 2 and skip is not None
+            else text.rjust(widths[place]) if place in FIGURES else text.ljust(widths[place])
+            for place, text in enumerate(shown)
+        )  # fmt: skip
+        yield "  ".join(cells).rstrip()
+
+
+COLUMNS = ("linear", "N x K", "scheme", "kernel", "outliers", "overflow")
+FIGURES = (1, 4, 5)
+"""Columns that are set to the right."""
+
+
+def _kind(linear: LinearReport, name: str) -> tuple[Any, ...]:
+    """What linears have in common that share a line."""
+    shape = linear.out_features, linear.in_features
+    return name, shape, linear.scheme, linear.kernel, linear.skip, linear.capacity
+
+
+def _texts(label: str, alike: Sequence[LinearReport]) -> tuple[str, ...]:
+    first = alike[0]
+    shape = f"{first.out_features} x {first.in_features}"
+    if first.scheme is None:
+        return label, shape
+    columns = [len(linear.outlier_columns) for linear in alike]
+    overflow = [linear.overflow for linear in alike]
+    outliers = f"{_range(columns)}/{first.capacity}"
+    return label, shape, first.scheme, first.kernel or "auto", outliers, _range(overflow)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"
 
 
 MEBIBYTE = 2**20

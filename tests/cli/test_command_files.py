@@ -126,3 +126,10 @@ def test_a_quantized_model_is_told_before_it_is_loaded(tmp_path):
     (tmp_path / "text").write_text("a story")
     arguments = ("calibrate", tmp_path / "model", "--text", tmp_path / "text", "--output", tmp_path / "out")
     assert "is quantized already" in mixq(*arguments, code=2).output
+
+
+@pytest.mark.parametrize("name", ["llama-2-7bb", "llama2-7b", "Llama-2-70B"])
+def test_a_misspelt_known_shape_is_told_with_the_nearest_and_all(name):
+    shown = " ".join(mixq("layers", name, code=2).output.split())
+    assert "Did you mean 'llama-2-7" in shown
+    assert "Known shapes, which need no weights: " in shown

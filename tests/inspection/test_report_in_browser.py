@@ -181,7 +181,7 @@ def test_passes_without_changes_are_hidden_until_asked_for(read: Any) -> None:
 
 
 def test_passes_are_filtered_by_name(read: Any) -> None:
-    reader = read("llama")
+    reader = read("llama", "#pass=0")
     reader.page.get_by_label("Filter passes").fill("rewrite linear")
     assert reader.passes.count() == 2
     expect(reader.passes.last).to_contain_text(REWRITE)
@@ -460,7 +460,7 @@ def test_search_finds_nodes_layers_and_passes(read: Any) -> None:
 
 
 def test_keys_move_between_passes_and_views(read: Any) -> None:
-    reader = read("llama")
+    reader = read("llama", "#pass=0")
     keyboard = reader.page.keyboard
     for key, number in (("j", "1"), ("ArrowDown", "2"), ("ArrowUp", "1"), ("k", "0"), ("k", "0")):
         keyboard.press(key)
@@ -476,7 +476,7 @@ def test_keys_move_between_passes_and_views(read: Any) -> None:
 
 
 def test_letters_are_text_in_a_field(read: Any) -> None:
-    reader = read("llama", "#view=program")
+    reader = read("llama", "#pass=0&view=program")
     reader.page.keyboard.press("f")
     reader.page.keyboard.type("jkd")
     expect(reader.page.get_by_label("Filter by layer")).to_have_value("jkd")
@@ -570,3 +570,69 @@ def least_milliseconds(reader: Reader, selector: str, other: str) -> float:
         times.append(reader.page.locator(selector).evaluate(TIMED_CLICK))
         reader.page.locator(other).evaluate(TIMED_CLICK)
     return min(times)
+
+
+def test_the_first_pass_that_changed_something_is_chosen_at_the_beginning(read: Any) -> None:
+    (graph,) = measured_inspection().graphs
+    first = next(record.index for record in graph.history.records if record.diff)
+    reader = read("llama")
+    expect(reader.page.locator("#pass-list [aria-current]")).to_have_attribute("data-pass", str(first))
+    reader.choose_view("Changes")
+    assert reader.lines("added").count() + reader.lines("removed").count() > 0
+
+
+WIDTHS = [1280, 1440, 390]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_results_stand_before_passes_and_are_in_sight(read: Any, width: int, scheme: str) -> None:
+    reader = read("llama", viewport={"width": width, "height": 900}, color_scheme=scheme)
+    headings = reader.view.locator(".matrix thead th")
+    texts = [text.strip() for text in headings.all_inner_texts()]
+    assert texts[0] == "layer"
+    by_pass = [place for place, text in enumerate(texts) if text[:1].isdigit()]
+    assert min(by_pass) > max(place for place, text in enumerate(texts) if text in ("SQNR dB", "bytes"))
+    if width > 1000:
+        box = headings.nth(texts.index("SQNR dB")).bounding_box()
+        assert box["x"] + box["width"] <= width
+    assert reader.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_columns_of_passes_are_folded_and_shown_again(read: Any) -> None:
+    reader = read("llama")
+    before = reader.view.locator(".matrix thead th").count()
+    reader.page.get_by_role("button", name="Hide passes").click()
+    assert reader.view.locator(".matrix th.by-pass").count() == 0
+    assert reader.view.locator(".matrix thead th").count() < before
+    reader.page.get_by_role("button", name="Show passes").click()
+    assert reader.view.locator(".matrix thead th").count() == before
+
+
+def test_where_a_pass_did_nothing_all_passes_are_listed(read: Any) -> None:
+    (graph,) = measured_inspection().graphs
+    idle = next(record.index for record in graph.history.records if not record.diff)
+    reader = read("llama", f"#pass={idle}&view=changes")
+    listed = reader.view.get_by_role("list", name="What each pass changed").get_by_role("listitem")
+    assert listed.count() == len(graph.history.records)
+    reader.view.get_by_role("button", name=REWRITE).click()
+    assert reader.current()["pass"] == str(number_of(REWRITE))
+    assert reader.lines("added").count() > 0
+
+
+def test_the_title_is_the_class_of_the_model(tmp_path: Path) -> None:
+    import torch
+
+    import mixq_compile as mixq
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    _, history = mixq.compile(mixq.capture(Encoder().eval(), (torch.randn(2, 32),)), force=True)
+    history.save_html(tmp_path / "report.html")
+    assert "<title>Encoder · mixq report</title>" in (tmp_path / "report.html").read_text()

@@ -14,14 +14,14 @@ function showChanges(container, model) {
   const head = element("div", { class: "view-head" }, passSummary(record));
   container.append(head);
   if (!hasChanges(record.diff)) {
-    container.append(emptyMessage("This pass changed nothing", decisionsOf(record)));
+    container.append(emptyMessage("This pass changed nothing", decisionsOf(record)), allPasses(model));
     return null;
   }
   const entries = mergedEntries(model.snapshot(state.pass - 1), model.snapshot(state.pass), record.diff);
   const passes = layerFilter(state.layer, model.layersByName);
   const isWanted = (entry) => namesOf(entry.row).some(passes) || (entry.old !== null && passes(entry.old.fqn));
   if (!entries.some((entry) => entry.kind !== "context" && isWanted(entry))) {
-    container.append(emptyMessage("Nothing here", `This pass changed nothing in ${state.layer}.`));
+    container.append(emptyMessage("Nothing here", `This pass changed nothing in ${state.layer}.`), allPasses(model));
     return null;
   }
   head.append(
@@ -36,6 +36,33 @@ function showChanges(container, model) {
     ),
   );
   return patchList(container, entries, isWanted);
+}
+
+/** What every pass did to the layers in sight, for where the chosen one did nothing; a click goes there. */
+function allPasses(model) {
+  const passes = layerFilter(state.layer, model.layersByName);
+  const items = model.records.map((record) => {
+    const number = changesIn(record, passes);
+    const [name] = splitSpec(record.spec);
+    const text = number > 0 ? counted(number, "change") : "nothing";
+    return element(
+      "li",
+      { class: number > 0 ? "" : "quiet" },
+      element(
+        "button",
+        { type: "button", class: "link", on: { click: () => go({ pass: record.index }) } },
+        `${record.index} ${name}`,
+      ),
+      ` ${text}`,
+    );
+  });
+  return element("ol", { class: "all-passes", "aria-label": "What each pass changed" }, items);
+}
+
+function changesIn({ diff }, passes) {
+  if (diff === null) return 0;
+  const rows = [...diff.added, ...diff.removed, ...diff.changed.map(([, row]) => row)];
+  return rows.filter((row) => namesOf(row).some(passes)).length;
 }
 
 /** Changes the form of the patch; the node at the top stays there. */

@@ -9,18 +9,19 @@ const COST_ROWS = ["1", "256", "2048"];
 function layerColumns(model, layers) {
   const quantities = [
     schemeColumn(layers),
-    kernelColumn(),
-    bitsColumn(),
-    shapeColumn(),
-    outlierColumn(layers),
     errorColumn(),
     partColumn(layers, "weights_db", "of weights", "SQNR with only the weight rounded"),
     partColumn(layers, "inputs_db", "of inputs", "SQNR with only the input rounded"),
+    outlierColumn(layers),
     bytesColumn(),
+    shapeColumn(),
+    kernelColumn(),
+    bitsColumn(),
     ...COST_ROWS.filter((rows) => layers.some((layer) => layer.costs[rows])).map(costColumn),
     areaColumn(layers),
   ];
-  return [...passColumns(model), ...quantities.filter((column) => column !== null)];
+  const shown = quantities.filter((column) => column !== null);
+  return taste.foldPasses ? shown : [...shown, ...passColumns(model)];
 }
 
 function passColumns(model) {

@@ -50,6 +50,24 @@ function layersSummary(layers, groups, redraw) {
       ),
       element("span", null, element("span", { class: "kept" }, "kept"), " left alone, with a reason"),
     ),
+    element(
+      "button",
+      {
+        type: "button",
+        class: "action",
+        id: "fold-passes",
+        "data-focus": "fold passes",
+        "aria-pressed": String(taste.foldPasses),
+        title: "The columns that say what each pass did to each layer",
+        on: {
+          click: () => {
+            rememberTaste({ foldPasses: !taste.foldPasses });
+            redraw();
+          },
+        },
+      },
+      taste.foldPasses ? "Show passes" : "Hide passes",
+    ),
     several.length > 0
       ? element(
           "button",

@@ -12,7 +12,7 @@ const TASTE = "mixq-report";
 
 const report = { inspection: null, models: [] };
 const state = { graph: "", pass: 0, view: "layers", layer: "", node: "" };
-const taste = { theme: "", split: false, hideInconsequential: true };
+const taste = { theme: "", split: false, hideInconsequential: true, foldPasses: false };
 let stateChanged = () => {};
 
 function currentModel() {
@@ -22,7 +22,10 @@ function currentModel() {
 /** Shows something else. Typing replaces the entry in the browser's history, everything else adds one. */
 function go(changes, { replaces = false } = {}) {
   const next = { ...state, ...changes };
-  if (next.graph !== state.graph) Object.assign(next, { pass: 0, node: "", ...changes });
+  if (next.graph !== state.graph) {
+    const model = report.models.find((candidate) => candidate.name === next.graph);
+    Object.assign(next, { pass: firstPass(model), node: "", ...changes });
+  }
   const fragment = fragmentOf(next);
   if (fragment === fragmentOf(state)) return;
   if (replaces) history.replaceState(null, "", fragment);
@@ -46,7 +49,7 @@ function stateOfFragment(fragment) {
   const graph = parts.get("graph") ?? "";
   const model = report.models.find((candidate) => candidate.name === graph) ?? report.models[0];
   const view = parts.get("view") ?? "";
-  const pass = Number.parseInt(parts.get("pass") ?? "0", 10);
+  const pass = Number.parseInt(parts.get("pass") ?? String(firstPass(model)), 10);
   return {
     graph: model?.name ?? "",
     pass: Math.max(0, Math.min(Number.isNaN(pass) ? 0 : pass, model?.records.length ?? 0)),
@@ -54,6 +57,11 @@ function stateOfFragment(fragment) {
     layer: parts.get("layer") ?? "",
     node: parts.get("node") ?? "",
   };
+}
+
+/** The first pass that changed something; the captured graph where none did. */
+function firstPass(model) {
+  return model?.records.find((record) => hasChanges(record.diff))?.index ?? 0;
 }
 
 function firstView(model) {
