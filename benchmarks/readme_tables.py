@@ -245,6 +245,62 @@ def perplexity() -> str:
     return f"{title}\n\n{_markdown(header, [cells(row) for row in found['rows']])}"
 
 
+def language_model() -> str:
+    """A real language model on text that calibration has not seen, its linears all quantized."""
+    found = _load("perplexity_gemma")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        share, error = row["outlier_share"], row["delta_share_error"]
+        if row["kl"] is None or row["linears"] is None:
+            return [row["label"], f"{row['perplexity']:.2f}", "–", "–", "–", "–", "–"]
+        change = f"{100 * row['delta_share']:+.2f} ± {100 * error:.2f} %"
+        return [
+            row["label"], f"{row['perplexity']:.2f}", change,
+            f"{row['kl']:.4f}", f"{100 * row['top1']:.1f} %",
+            "–" if not share or not share["max"] else f"{100 * share['mean']:.1f} %",
+            "–" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}",
+        ]  # fmt: skip
+
+    quantized = max(row["quantized"] for row in found["rows"])
+    title = (
+        f"**A real language model.** Gemma 3 270M on {found['documents']} windows of {found['window']} "
+        f"tokens of WikiText-2's test set ({found['tokens_scored']} tokens scored), all {quantized} linears "
+        "but the head quantized, on a CPU; `auto8` is calibrated on the validation set "
+        "(`mixq eval --protocol windows --force`). KL is the divergence of a token's distribution from full "
+        "precision's, top-1 how often both think the same token most likely:"
+    )
+    header = ["", "perplexity", "change", "KL", "top-1", "16-bit columns", "bits a weight"]
+    return f"{title}\n\n{_markdown(header, [cells(row) for row in found['rows']])}"
+
+
+ENCODERS = {"encoder_minilm": "all-MiniLM-L6-v2", "encoder_mpnet": "all-mpnet-base-v2"}
+
+
+def encoders() -> str:
+    """Real encoders by scheme, beside another runtime's int8."""
+    found = {name: _load(name) for name in ENCODERS}
+    first = next(iter(found.values()))
+    rows = [
+        [
+            f"{ENCODERS[name]}, {each['batch']} × {each['window']}", row["label"],
+            f"{1000 * row['seconds']:.0f} ms", f"{row['speedup']:.2f}×", f"{row['relative_error']:.4f}",
+            f"{row['cosine']:.4f}",
+        ]
+        for name, each in found.items()
+        for row in each["rows"]
+    ]  # fmt: skip
+    where = first["environment"]
+    title = (
+        f"**Encoders beside ONNX Runtime.** Lines of WikiText-2's test set, on {where['threads']} threads "
+        f"of an {where['processor']}; rounds in turn, all linears quantized, `auto8` calibrated on the "
+        f"validation set, ONNX Runtime {where['onnxruntime']} with its dynamic int8 "
+        "(`python -m benchmarks.encoders`). Errors are of the tokens' vectors; `w8a16`, which rounds the "
+        "weights alone, has no fast kernel on a CPU:"
+    )
+    header = ["model", "", "time", "over Inductor", "error", "cosine of embeddings"]
+    return f"{title}\n\n{_markdown(header, rows)}"
+
+
 def architectures() -> str:
     """What the tests run."""
     found, routes = _load("architectures"), ("backend", "quantize", "export")
@@ -290,6 +346,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "area-comparison": ("docs/area.md", area_tables.comparison),
     "area-validation": ("docs/area.md", area_tables.validation),
     "perplexity": ("README.md", perplexity),
+    "language-model": ("README.md", language_model),
+    "encoders": ("README.md", encoders),
     "architectures": ("docs/models.md", architectures),
     "checkpoint-architectures": ("docs/checkpoints.md", checkpoint_architectures),
 }
