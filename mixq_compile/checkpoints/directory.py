@@ -100,6 +100,20 @@ def file_hash(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from error
 
 
+def config_hash(config: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a config.json says, but for the hashes in it."""
+    entry = {name: value for name, value in config["quantization_config"].items() if name != "files"}
+    text = json.dumps({**config, "quantization_config": entry}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def with_config_hash(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config.json with its own hash among those of the files."""
+    read = json.loads(json.dumps(config))
+    read["quantization_config"]["files"][CONFIG] = config_hash(read)
+    return dict(read)
+
+
 def item_size(dtype: str) -> int:
     """Bytes of one element of a dtype that headers name."""
     return DTYPES[dtype].itemsize

@@ -93,16 +93,22 @@ def checked(source: Path, *, verify: bool = False) -> tuple[dict[str, Any], Stor
             f"place of {expected['count']}, or others. Quantize the model again."
         )
     if verify:
-        verify_hashes(source, quantization)
+        verify_hashes(source, config, quantization)
     return config, quantization
 
 
-def verify_hashes(source: Path, quantization: StoredQuantization) -> None:
+def verify_hashes(source: Path, config: dict[str, Any], quantization: StoredQuantization) -> None:
     """Reads every file of a directory. Raises CheckpointError for one whose bytes were changed."""
+    if directories.CONFIG not in quantization.files:
+        raise CheckpointError(
+            f"{source / directories.CONFIG} lacks its hash: it is damaged or was written by hand."
+        )
     for name, expected in quantization.files.items():
         if Path(name).name != name:
             raise CheckpointError(f"{source / directories.CONFIG} is corrupt: {name!r} is no file beside it.")
-        if directories.file_hash(source / name) != expected:
+        is_config = name == directories.CONFIG
+        found = directories.config_hash(config) if is_config else directories.file_hash(source / name)
+        if found != expected:
             raise CheckpointError(
                 f"{source / name} has other bytes than were written: copy or quantize it again."
             )

@@ -101,7 +101,8 @@ def _write(model: Any, folder: Path, name: str, max_shard_size: int | str) -> No
     path = folder / directories.CONFIG
     config = directories.read_json(path)
     config["quantization_config"] = finished.to_json()
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(directories.with_config_hash(config), indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
     nbytes = sum(entry.nbytes for entry in tensors.values())
     card = model_card(finished, type(model).__name__, name, nbytes, original_bytes(finished, nbytes))
     (folder / directories.CARD).write_text(card, encoding="utf-8")

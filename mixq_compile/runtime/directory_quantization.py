@@ -105,7 +105,7 @@ class DirectoryQuantization:
             weight_map = {name: entry.path.name for name, entry in sorted(tensors.items())}
             index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
             _write(self.output / directories.INDEX, json.dumps(index, indent=2) + "\n")
-        config = {**self.plan.config, "quantization_config": finished.to_json()}
+        config = directories.with_config_hash({**self.plan.config, "quantization_config": finished.to_json()})
         _write(self.output / directories.CONFIG, json.dumps(config, indent=2) + "\n")
         journal.end()
 

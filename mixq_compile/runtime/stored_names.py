@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixq_compile.checkpoints import directory
 from mixq_compile.checkpoints.safetensors_files import TensorEntry
-from mixq_compile.checkpoints.schema import StoredLinear, StoredQuantization
+from mixq_compile.checkpoints.schema import TRIPWIRE, StoredLinear, StoredQuantization
 from mixq_compile.errors import CheckpointError
 from mixq_compile.ir.linears import is_conv1d
 from mixq_compile.runtime.swap_obstacles import replace_in_containers
@@ -47,7 +47,7 @@ def check_fits(ordinary: nn.Module, name: str, entry: StoredLinear) -> None:
 
 
 def names_in(
-    modules: Mapping[str, nn.Module], prefix: str, stored: Mapping[str, StoredLinear]
+    modules: Mapping[str, nn.Module], prefix: str, stored: Mapping[str, StoredLinear | None]
 ) -> dict[str, str]:
     """By the names that a model has: what a directory of a larger or smaller model calls its linears."""
     found = {}
@@ -62,23 +62,40 @@ def names_in(
 def prefixes(
     model: Any, tensors: Mapping[str, TensorEntry], conversions: Any, names: Mapping[str, str]
 ) -> dict[str, str]:
-    """By the names that a model has: what the files call its quantized linears, told by their codes."""
+    """By the names that a model has: what the files call its quantized linears, told by their codes.
+
+    Raises CheckpointError where a tensor does not fit the model.
+    """
     # Not before transformers is loaded completely.
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     state = model.state_dict()
+    modules = dict(model.named_modules())
     leaf = ".weight_codes"
     found = {}
-    for key in tensors:
-        if not key.endswith(leaf):
-            continue
-        renamed, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+    for key, entry in tensors.items():
+        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if renamed not in state and key in state:
-            renamed = key
-        if (name := renamed.removesuffix(leaf)) in names:
-            found[name] = key.removesuffix(leaf)
+            renamed, pattern = key, None
+        name = renamed.removesuffix(leaf)
+        if renamed.endswith(leaf):
+            if name in names:
+                found[name] = key.removesuffix(leaf)
+            elif names_in(modules, model.base_model_prefix, {name: None}):
+                raise CheckpointError(
+                    f"the files hold codes of {name!r}, and config.json does not say that it is quantized: "
+                    "they do not belong together. Quantize the model again."
+                )
+        elif f"{key.removesuffix('.' + TRIPWIRE)}{leaf}" in tensors:
+            continue
+        elif pattern is None and renamed in state and state[renamed].shape != entry.shape:
+            # Some releases of transformers take any shape where a model is quantized.
+            raise CheckpointError(
+                f"{key!r} has shape {list(entry.shape)} in {entry.path}, and the model that config.json "
+                f"describes {list(state[renamed].shape)}: they do not belong together."
+            )
     return found
 
 

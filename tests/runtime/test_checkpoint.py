@@ -211,7 +211,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         _config(lambda e: _first_linear(e).update(shape=[64, 32])),
         r"the model's 'model\.layers\.0\.mlp\.down_proj' is a Linear of \(64, 128\)",
     ),
-    "a linear that is not quantized": (_config(lambda e: e["modules"].popitem()), r"cannot be loaded"),
+    "a linear that is not quantized": (
+        _config(lambda e: e["modules"].popitem()),
+        r"the files hold codes of 'model\.layers\.1\.self_attn\.v_proj', and config\.json does not say",
+    ),
+    "another vocabulary": (
+        lambda d: (d / "config.json").write_text(
+            (d / "config.json").read_text().replace('"vocab_size": 96', '"vocab_size": 90')
+        ),
+        r"has shape \[96, 64\] in .*model\.safetensors, and the model that config\.json describes \[90, 64\]",
+    ),
     "all are of another model": (
         _config(lambda e: e.update(modules={f"other.{n}": m for n, m in e["modules"].items()})),
         r"none of the 14 quantized linears",
