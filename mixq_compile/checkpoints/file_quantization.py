@@ -242,7 +242,7 @@ def _quantize(step: Step, reader: Reader, writer: Writer, device: torch.device, 
         writer.write(name, 0, tensor)
     error = None
     for first, block, nbytes in _matrix_blocks(step, reader, whole):
-        made = quantized_rows(block, linear, device)
+        made, outliers = quantized_rows(block, linear, device)
         if error is None:
             error = relative_error(block, made, linear)
         for leaf, tensor in made.items():
@@ -250,22 +250,31 @@ def _quantize(step: Step, reader: Reader, writer: Writer, device: torch.device, 
             offset = 0 if whole else first * tensor[:1].numel() * tensor.element_size()
             writer.write(f"{step.prefix}.{leaf}", offset, tensor)
         if linear.columns:
-            chosen = block[:, list(linear.columns)]
-            writer.write(step.outlier_weight, first * chosen.shape[1] * chosen.element_size(), chosen)
+            writer.write(step.outlier_weight, first * outliers.shape[1] * outliers.element_size(), outliers)
         progress(nbytes, "", None)
     progress(0, step.prefix, error)
 
 
-def quantized_rows(block: Tensor, linear: PlannedLinear, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of some rows of a weight, as the directory holds them: without padding."""
+def quantized_rows(
+    block: Tensor, linear: PlannedLinear, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of some rows of a weight as the directory holds them, without padding, and its columns.
+
+    Those are the weights of the calibrated outlier columns `[rows, n]`, in the weight's dtype.
+    """
     recipe = linear.stored.scheme.recipe
+    columns = list(linear.columns)
     if device.type == "cpu" and weight_rounding.serves(recipe, block.dtype):
         rounded = weight_rounding.round_rows(block, recipe)
         if rounded is not None:
-            return {"weight_codes": rounded[0], "weight_scale": rounded[1]}
-    statistics = linear.statistics.tensors if linear.statistics is not None else None
+            return {"weight_codes": rounded[0], "weight_scale": rounded[1]}, block[:, columns]
+    statistics = linear.statistics.tensors if linear.statistics is not None else {}
     made = recipes.make(recipe, block.to(device), block.dtype, statistics)
-    return {name: tensor.cpu().contiguous() for name, tensor in made.named().items()}
+    source = block
+    if recipes.outliers_from_codes(recipe):
+        kept = statistics.get(recipes.KEPT)
+        source = made.outlier_columns(recipe.format, block.shape[1], kept).to(block.dtype).cpu()
+    return {name: tensor.cpu().contiguous() for name, tensor in made.named().items()}, source[:, columns]
 
 
 def relative_error(block: Tensor, made: dict[str, Tensor], linear: PlannedLinear) -> float:

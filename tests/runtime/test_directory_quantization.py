@@ -120,10 +120,15 @@ def test_gives_what_quantize_gives(case: str, tmp_path: Path) -> None:
     assert {linear.fqn: linear.skip for linear in mixq.report(loaded).skipped} == skipped
 
 
-@pytest.mark.parametrize("scheme", ["w4a8o16", "w4a4o16"])
-def test_calibrated_columns_and_searched_scales(scheme: str, source: Path, tmp_path: Path) -> None:
-    stats = mixq.calibrate(tiny_llama(), [ids(4, 12)])
-    options = {"scheme": scheme, "stats": stats, "miss": "static", "threshold": 3.0}
+@pytest.mark.parametrize(
+    ("scheme", "miss"),
+    [("w4a8o16", "static"), ("w4a4o16", "static"), ("auto8", "exact"), ("auto8", "static"), ("auto4", None)],
+)
+def test_calibrated_columns_and_searched_scales(
+    scheme: str, miss: str | None, source: Path, tmp_path: Path
+) -> None:
+    stats = mixq.calibrate(tiny_llama(), [ids(4, 12)], kinds=("gram",))
+    options = {"scheme": scheme, "stats": stats, "miss": miss, "threshold": 3.0}
     loaded = mixq.load_pretrained(quantized(source, tmp_path / "output", **options))
     expected = mixq.quantize(tiny_llama(), **options)
     assert any(module.calibrated for _, module in linears(loaded))
