@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from mixq_compile.cli.output import console, print_json, print_table
 from mixq_compile.errors import MixqError
 
 if TYPE_CHECKING:
-    from mixq_compile.cli.quantize import ByFile
     from mixq_compile.runtime.directory_plan import DirectoryPlan
     from mixq_compile.runtime.directory_quantization import DirectoryQuantization, DirectorySizes
 
@@ -20,6 +20,17 @@ GIGABYTE = 1e9
 SECONDS_BETWEEN_LINES = 2.0
 TRIAL_ROWS = 2048
 TRIAL_COLUMNS = 4096
+
+
+@dataclass(frozen=True)
+class ByFile:
+    """How a directory is quantized from file to file."""
+
+    overwrite: bool
+    dry_run: bool
+    verify: bool
+    shard_bytes: int
+    json: bool
 
 
 def quantize_by_file(

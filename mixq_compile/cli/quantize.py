@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,17 +24,6 @@ from mixq_compile.schemes.registry import get_scheme
 
 if TYPE_CHECKING:
     from mixq_compile.runtime.report_tables import Report
-
-
-@dataclass(frozen=True)
-class ByFile:
-    """How a directory is quantized from file to file."""
-
-    overwrite: bool
-    dry_run: bool
-    verify: bool
-    shard_bytes: int
-    json: bool
 
 
 def quantize(
@@ -118,7 +106,7 @@ def quantize(
         "ignore": tuple(ignore) if ignore else ("lm_head",),
     }
     if by_file:
-        from mixq_compile.cli.directory_quantization import quantize_by_file
+        from mixq_compile.cli.directory_quantization import ByFile, quantize_by_file
 
         run = ByFile(overwrite, dry_run, verify, int(shard_size * 1e9), json)
         quantize_by_file(folder, output, {"scheme": scheme, **options}, device, run)
