@@ -80,14 +80,14 @@ def quantize(
 
     folder = Path(model).expanduser()
     by_file = dtype == "auto" and _has_safetensors(folder)
-    if is_quantized(folder):
-        raise OptionError(f"{model} is quantized already: give the directory of the original model.")
     if not by_file and (dry_run or verify):
         raise OptionError(
             "--dry-run and --verify are for a directory with safetensors files, quantized in its own dtype: "
             f"{model} is loaded first."
         )
     _check_output(model, output, overwrite, by_file and (dry_run or verify or _goes_on(output)))
+    if is_quantized(folder):
+        raise OptionError(f"{model} is quantized already: give the directory of the original model.")
     layers = _layers(layer or [])
     if any(_needs_statistics(name) for name in (scheme, *layers.values())):
         if stats is None:
