@@ -16,7 +16,7 @@ from mixq_compile.ops.providers import AUTO, provider_names
 from mixq_compile.pipeline import Pipeline
 from mixq_compile.runtime import torch_compat
 from mixq_compile.scheme import MISS_POLICIES, OutlierPolicy, QuantScheme
-from mixq_compile.schemes.registry import accepted_names, get_scheme, scheme_names
+from mixq_compile.schemes.registry import accepted_names, get_scheme, register
 from mixq_compile.selection.statistics import check_given
 from mixq_compile.thresholds import DEFAULT_THRESHOLD, Threshold
 
@@ -41,7 +41,7 @@ class MixqOptions:
     """Options of `torch.compile(model, backend="mixq", options={...})` and of `mixq.quantize`."""
 
     scheme: str = "w8a8o16"
-    """Name of a scheme; `mixq doctor` lists them."""
+    """Name of a scheme, which `mixq doctor` lists, or a QuantScheme of your own."""
     threshold: Threshold | None = None
     """Magnitude above which a column stays in 16 bit, or a multiple of its row's mean magnitude, such as
     "8x". None: the scheme's (8x)."""
@@ -176,7 +176,7 @@ class MixqOptions:
         if "layers" in given:
             given["layers"] = _pairs_in(given["layers"])
         if isinstance(given.get("scheme"), QuantScheme):
-            given["scheme"] = _registered_name(given["scheme"])
+            given["scheme"] = register(given["scheme"]).name
         return cls(**given)
 
     def inductor_patches(self) -> dict[str, Any]:
@@ -200,13 +200,7 @@ def _pairs_in(layers: Any) -> tuple[tuple[str, str], ...]:
         raise OptionError(
             f"layers takes {{pattern: scheme}}, for example {{'*.down_proj': 'w8a8'}}, not {layers!r}."
         )
-    return tuple((str(pattern), scheme) for pattern, scheme in pairs)
-
-
-def _registered_name(scheme: QuantScheme) -> str:
-    if scheme.name not in scheme_names() or get_scheme(scheme.name) != scheme:
-        raise OptionError(
-            f"scheme {scheme.name!r} is not one of the registered ones: give a name, and threshold, capacity "
-            f"and miss as options. Valid: {', '.join(scheme_names())}."
-        )
-    return scheme.name
+    return tuple(
+        (str(pattern), register(scheme).name if isinstance(scheme, QuantScheme) else scheme)
+        for pattern, scheme in pairs
+    )

@@ -34,10 +34,10 @@ def scheme(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, f"mixq_compile.schemes.{NAME}", module)
     listing = types.SimpleNamespace(iter_modules=lambda path: [types.SimpleNamespace(name=n) for n in names])
     monkeypatch.setattr(registry, "pkgutil", listing)
-    registry.scheme_names.cache_clear()
+    registry._module_names.cache_clear()
     yield
     monkeypatch.undo()
-    registry.scheme_names.cache_clear()
+    registry._module_names.cache_clear()
 
 
 def model() -> nn.Module:
@@ -96,5 +96,8 @@ def test_of_a_rotated_input_nothing_is_known() -> None:
 def test_the_statistics_of_one_linear_are_read_for_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their hash is part of what a weight is known by: that of all linears would be made for each."""
     stats = mixq.calibrate(model(), [inputs()])
-    monkeypatch.setattr(type(stats), "sha256", lambda self: pytest.fail("all statistics were hashed"))
-    mixq.quantize(model(), NAME, stats=stats)
+    whole, calls = type(stats).sha256, []
+    monkeypatch.setattr(type(stats), "sha256", lambda self: calls.append(1) or whole(self))
+    swapped = mixq.quantize(model(), NAME, stats=stats)
+    assert len(mixq.report(swapped).quantized) > 1
+    assert len(calls) <= 1, "all statistics were hashed for each linear"

@@ -39,10 +39,10 @@ def scheme(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, f"mixq_compile.schemes.{NAME}", module)
     listing = types.SimpleNamespace(iter_modules=lambda path: [types.SimpleNamespace(name=n) for n in names])
     monkeypatch.setattr(registry, "pkgutil", listing)
-    registry.scheme_names.cache_clear()
+    registry._module_names.cache_clear()
     yield
     monkeypatch.undo()
-    registry.scheme_names.cache_clear()
+    registry._module_names.cache_clear()
 
 
 def simulated_linear(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -39,10 +39,10 @@ def reason(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setitem(sys.modules, f"mixq_compile.schemes.{NAME}", module)
     listing = types.SimpleNamespace(iter_modules=lambda path: [types.SimpleNamespace(name=n) for n in names])
     monkeypatch.setattr(registry, "pkgutil", listing)
-    registry.scheme_names.cache_clear()
+    registry._module_names.cache_clear()
     yield f"beside {weight} weights" if outliers else str(activation)
     monkeypatch.undo()
-    registry.scheme_names.cache_clear()
+    registry._module_names.cache_clear()
 
 
 def skips(model: torch.nn.Module) -> set[str | None]:
