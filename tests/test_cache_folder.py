@@ -25,7 +25,7 @@ PACKAGE = Path(build.__file__).parents[2]
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder of temporary files of its own, no variables that name a cache."""
-    for name in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
+    for name in (CACHE_VARIABLE, "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path

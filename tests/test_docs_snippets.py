@@ -54,7 +54,9 @@ def scope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """What a reader has: a model, inputs, batches, statistics; `path/to/model` is a small Llama."""
     for name, kind in {"AutoModel": "LlamaModel", "AutoModelForCausalLM": "LlamaForCausalLM"}.items():
         monkeypatch.setattr(
-            getattr(transformers, name), "from_pretrained", lambda path, kind=kind: small_model(kind)
+            getattr(transformers, name),
+            "from_pretrained",
+            lambda path, kind=kind, **options: small_model(kind),
         )
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: Tokenizer())
     # Without generating code: snippets must run, and how fast is not said here.

@@ -25,6 +25,7 @@ ALLOWED = {
     ("passes/canonicalize_linear.py", "run"): "asks only whether a call names its arguments",
     ("runtime/compiled_graph.py", "copy_graph_module"): "what the output node returns",
     ("runtime/swap_obstacles.py", "_held"): "those of a functools.partial, which is no node",
+    ("runtime/torch_compat.py", "state"): "those of an exception, which is no node",
     ("inspection/node_matching.py", "_form"): "the text as a whole, with other names in it",
     ("inspection/node_matching.py", "_renamed_row"): "the text as a whole, with other names in it",
     ("inspection/program.py", "statement"): "the text as a whole, as Python",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from mixq_compile.ir.captured_calls import captured_argument
 from mixq_compile.runtime.torch_compat import SET_GRADIENTS
 
 
@@ -17,7 +18,7 @@ def enable_gradients_inside_transforms(module: GraphModule) -> None:
     for node in list(graph.nodes):
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if node.target is SET_GRADIENTS and not depth:
-            outside = bool(node.args[0])
+            outside = bool(captured_argument(node, 0, "enabled"))
         elif name == "_grad_increment_nesting":
             if not depth:
                 _set_gradients(module, node.prev, True)
