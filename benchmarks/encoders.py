@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import RESULTS, environment
-from mixq_compile.cli.evaluating_embeddings import DEFAULT_LENGTH, EncoderEvaluation
+from mixq_compile.cli.evaluating_embeddings import DEFAULT_LENGTH, EncoderEvaluation, encoder_of
 from mixq_compile.cli.models import load_model
 from mixq_compile.cli.scheme_choice import parse_choice
 
@@ -78,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import onnxruntime
 
-    loaded = load_model(arguments.model, "cpu", "float32")
+    loaded = encoder_of(load_model(arguments.model, "cpu", "float32"))
     chosen = [parse_choice(scheme, {}) for scheme in SCHEMES]
     with tempfile.TemporaryDirectory() as folder:
         other = onnx_int8(loaded.model, arguments.batch, Path(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import inspect
 import statistics
@@ -35,6 +36,14 @@ Inputs = Mapping[str, "Tensor"]
 def text_rows(text: str, length: int) -> list[str]:
     """The lines of a text that have at least half as many words as a row may have tokens."""
     return [line.strip() for line in text.splitlines() if 2 * len(line.split()) >= length]
+
+
+def encoder_of(loaded: LoadedModel) -> LoadedModel:
+    """The encoder in a model that guesses masked words, as embedders are often published; others as such."""
+    model = loaded.model
+    if not type(model).__name__.endswith("ForMaskedLM"):
+        return loaded
+    return dataclasses.replace(loaded, model=model.base_model)
 
 
 @dataclass
@@ -81,7 +90,7 @@ class EncoderEvaluation:
                 "on it looks better than it is. Give another text."
             )
         with step(f"loading {self.source}"):
-            loaded = load_model(self.source, self.device, self.dtype)
+            loaded = encoder_of(load_model(self.source, self.device, self.dtype))
         length = self._length(loaded)
         batches = self._batches(loaded, content, length, self.limit or DEFAULT_ROWS, self.text)
         with step("full precision (float32)"):

@@ -66,3 +66,10 @@ def test_texts_without_lines_and_language_models_are_refused(text: Path, tmp_pat
     assert "last_hidden_state" in refused.stderr
     refused = mixq("eval", MODEL, "--text", text, "--protocol", "embeddings", "--generate", 3, *FAST, code=2)
     assert "language models" in refused.stderr
+
+
+def test_the_encoder_in_a_model_that_guesses_masked_words(text: Path) -> None:
+    given = ("eval", "tiny_models:masked", "--text", text, "--protocol", "embeddings", *FAST)
+    row = mixq_json(*given)["rows"][1]
+    assert row["quantized"] > 0
+    assert row["cosine"] > 0.99

@@ -57,6 +57,12 @@ def encoder() -> tuple[Any, Any]:
     return bert(), tokenizer()
 
 
+def masked() -> tuple[Any, Any]:
+    from transformers import BertForMaskedLM
+
+    return BertForMaskedLM(bert().config), tokenizer()
+
+
 def convolution() -> Any:
     import torch
 
