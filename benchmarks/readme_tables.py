@@ -275,7 +275,7 @@ def language_model() -> str:
     return f"{title}\n\n{_markdown(header, [cells(row) for row in rows])}"
 
 
-ENCODERS = {"encoder_minilm": "all-MiniLM-L6-v2", "encoder_mpnet": "all-mpnet-base-v2"}
+ENCODERS = {"encoder_minilm": "all-MiniLM-L6-v2"}
 
 
 def encoders() -> str:
@@ -293,7 +293,7 @@ def encoders() -> str:
     ]  # fmt: skip
     where = first["environment"]
     title = (
-        f"**Encoders beside ONNX Runtime.** Lines of WikiText-2's test set, on {where['threads']} threads "
+        f"**An encoder beside ONNX Runtime.** Lines of WikiText-2's test set, on {where['threads']} threads "
         f"of an {where['processor']}; rounds in turn, all linears quantized, `auto8` calibrated on the "
         f"validation set, ONNX Runtime {where['onnxruntime']} with its dynamic int8 "
         "(`python -m benchmarks.encoders`). Errors are of the tokens' vectors; `w8a16`, which rounds the "
