@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,13 @@ class MixqHfQuantizer(StateWriter):
 
     def _keep_dtypes(self, model: Any) -> None:
         """Tensors that had another dtype than the model when it was saved have it again."""
+        for module, leaf, dtype in self._of_other_dtypes(model):
+            tensor = getattr(module, leaf, None)
+            if isinstance(tensor, nn.Parameter) and not isinstance(module, MixqLinear):
+                tensor.data = tensor.data.to(dtype)
+
+    def _of_other_dtypes(self, model: Any) -> Iterator[tuple[nn.Module, str, torch.dtype]]:
+        """Module, name and dtype of what was saved in another dtype than the model; none where that is cast."""
         if self._dtype != getattr(torch, self.quantization.dtype):
             return
         for name, dtype in self.quantization.dtypes.items():
@@ -195,9 +202,7 @@ class MixqHfQuantizer(StateWriter):
                 module = model.get_submodule(owner)
             except AttributeError:
                 continue
-            tensor = getattr(module, leaf, None)
-            if isinstance(tensor, nn.Parameter) and not isinstance(module, MixqLinear):
-                tensor.data = tensor.data.to(getattr(torch, dtype))
+            yield module, leaf, getattr(torch, dtype)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         """Changes nothing: reads how the files' names become the model's, and checks that all is there."""
@@ -304,16 +309,10 @@ class MixqHfQuantizer(StateWriter):
         module.tripped = True
 
     def _cast_computed(self, model: Any) -> None:
-        if self._dtype != getattr(torch, self.quantization.dtype):
-            return
-        for name, dtype in self.quantization.dtypes.items():
-            owner, _, leaf = name.rpartition(".")
-            try:
-                module = model.get_submodule(owner)
-            except AttributeError:
-                continue
-            if leaf in module._buffers and module._buffers[leaf] is not None:
-                module._buffers[leaf] = module._buffers[leaf].to(getattr(torch, dtype))
+        for module, leaf, dtype in self._of_other_dtypes(model):
+            buffer = module._buffers.get(leaf)
+            if buffer is not None:
+                module._buffers[leaf] = buffer.to(dtype)
 
     def _cast_renamed(self, model: Any) -> None:
         """Some releases of transformers leave tensors that they rename in the dtype of the file."""

@@ -179,6 +179,16 @@ def test_kept_columns_lower_the_error(solver: Any) -> None:
     assert errors[0] < 0.9 * min(errors[1:]), errors
 
 
+@pytest.mark.parametrize("solver", [error_feedback, clipped_feedback], ids=["error", "clipped"])
+def test_a_weight_of_which_all_columns_are_kept_is_the_original(solver: Any) -> None:
+    """A linear as narrow as its slots: there is nothing to make up for."""
+    matrix, fmt = weight(8, 16), TensorFormat(4)
+    every = torch.arange(16)
+    found = solver.solve(matrix, fmt, {"gram": gram(inputs(16)), "kept_columns": every})
+    assert torch.equal(found.kept, matrix)
+    assert torch.equal(found.codes, rounding.rounded(matrix, fmt)[0])
+
+
 def test_clipped_scales_are_weighed_by_the_inputs() -> None:
     """A large weight of a channel that hardly speaks is clipped for the sake of the others."""
     fmt, matrix = TensorFormat(4), weight(16, 64)

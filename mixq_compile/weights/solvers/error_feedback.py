@@ -61,6 +61,8 @@ def solve(
         is_kept[kept.to(matrix.device)] = True
         order = torch.cat((order[~is_kept[order]], kept.to(order)))
         count -= len(kept)
+    if not count:  # nothing is rounded that others could make up for
+        return Solution(*rounding.rounded(matrix, fmt), matrix[:, kept])
     found = _solve(matrix[:, order], fmt, gram[order][:, order], count, scales)
     return found._replace(codes=found.codes[:, order.argsort()])
 
