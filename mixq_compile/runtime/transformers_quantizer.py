@@ -193,7 +193,7 @@ class MixqHfQuantizer(StateWriter):
                 tensor.data = tensor.data.to(dtype)
 
     def _of_other_dtypes(self, model: Any) -> Iterator[tuple[nn.Module, str, torch.dtype]]:
-        """Module, name and dtype of what was saved in another dtype than the model; none where that is cast."""
+        """Module, name and dtype of what was saved in another dtype; none where the model is cast."""
         if self._dtype != getattr(torch, self.quantization.dtype):
             return
         for name, dtype in self.quantization.dtypes.items():
