@@ -440,3 +440,22 @@ def test_onednn_without_vnni_changes_nothing():
     )
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "columns"), [(2, 33), (8, 33), (8, 384), (50, 384), (8, 5000), (50, 5000), (1000, 5000)]
+)
+def test_rows_on_the_edge_of_a_multiple_teach_as_in_the_reference(multiple: int, columns: int) -> None:
+    """A first, rounded look at a row's mean decides only where rounding cannot."""
+    generator = torch.Generator().manual_seed(multiple + columns)
+    for _ in range(20):
+        power, nearness, sign = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        x = torch.randn(1, columns, generator=generator) * 10 ** (40 * power - 20)
+        edge = multiple * x[0, 1:].abs().sum() / (columns - multiple)
+        x[0, 0] = edge * (1 + (1 if sign > 0.5 else -1) * 10 ** (6 * nearness - 7))
+        found = []
+        for kernel in ("ref", "cpu"):
+            state = OutlierState.create(columns, 16, f"{multiple}x", "cpu")
+            ops.quantize_online(x, *state.buffers(), "int8", "exact", 0, kernel)
+            found.append((state.columns(), state.column_max.tolist()))
+        assert found[0] == found[1]
